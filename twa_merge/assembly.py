@@ -1,0 +1,116 @@
+"""Puts single parts together: a soup and a module into a `MergedModel`, names in a recipe into a task or an engine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from twa_merge.basis import build_basis, mergeable_parameters
+from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
+from twa_merge.groups import group_parameters
+from twa_merge.mixing import MixingWeights
+from twa_merge.model import MergedModel
+from twa_merge.recipe import Recipe
+from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def merged_model(
+    soup: Soup,
+    module: nn.Module | None = None,
+    *,
+    task: str | None = None,
+    granularity: str | list[str] = "tensor",
+    coordinates: str = "relative",
+    start: MixingWeights | None = None,
+    dtype: str = "float32",
+    progress: bool = False,
+) -> MergedModel:
+    """Return a `MergedModel` of a soup: an ordinary module in which only the coefficients train.
+
+    Args:
+        soup: the checkpoints.
+        module: whose parameters are merged; default the task's Auto class on the first checkpoint.
+        task: default found from the checkpoint's `architectures`.
+        granularity: `model`, `layer`, `tensor`, or name patterns.
+        coordinates: `relative` or `normalized`.
+        start: mixing weights to start from, default uniform.
+        dtype: of the module, when it is loaded here.
+    """
+    if module is None:
+        folder = config_folder(soup)
+        module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
+    groups = group_parameters(mergeable_parameters(soup, module), granularity)
+    basis = build_basis(soup, module, groups, progress=progress)
+    return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start)
+
+
+def architectures(folder: Path) -> list[str]:
+    """Return `architectures` of a checkpoint's config."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return list(config.get("architectures") or [])
+
+
+def config_folder(soup: Soup) -> Path:
+    """Return the folder with the config that the soup's model is built from."""
+    if soup.folder is None or not (soup.folder / "config.json").is_file():
+        raise UserError(f"{soup.labels[0]}: no config.json, so its model cannot be built; pass the module in Python")
+    return soup.folder
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Return the Accelerator of a recipe's device and precision."""
+    from accelerate import Accelerator
+
+    if recipe.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, got {recipe.device!r}")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda asked for, but torch finds no GPU; use --device cpu")
+    if recipe.learn.mixed_precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"learn.mixed_precision: expected no, bf16 or fp16, got {recipe.learn.mixed_precision!r}")
+    torch.manual_seed(recipe.learn.seed)
+    return Accelerator(mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu")
+
+
+def make_task(recipe: Recipe, soup: Soup) -> Task:
+    """Return the task of a recipe."""
+    folder, config = config_folder(soup), recipe.data
+    if config.preprocess is not None:
+        return custom_task(load_function(config.preprocess), folder)
+    name = recipe.task or guess_task(architectures(folder))
+    return build_task(name, folder, columns=config.columns, max_length=config.max_length, metrics=config.metrics)
+
+
+def load_function(where: str) -> Callable[..., Any]:
+    """Import `package.module:function`, also from the working directory."""
+    module_name, colon, function = where.partition(":")
+    if not colon:
+        raise UserError(f"data.preprocess: expected package.module:function, got {where!r}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module_name), function)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"data.preprocess: {where!r} cannot be imported ({error})") from error
+    finally:
+        sys.path.pop(0)
+
+
+def load_architecture(folder: Path) -> nn.Module:
+    """Return the module of the class named in the config's `architectures`."""
+    import transformers
+
+    names = architectures(folder)
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise UserError(f"{folder}: transformers has no class {names[0] if names else '(none named)'}")
+    return cls.from_pretrained(folder, local_files_only=True, dtype=torch.float32)  # type: ignore[no-any-return]

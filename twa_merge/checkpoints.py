@@ -1,0 +1,254 @@
+"""`Soup`: N checkpoints whose tensors are known to fit together, read from headers before any data."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twa_merge.configs import compare_configs, compare_tokenizers
+from twa_merge.errors import UserError
+from twa_merge.names import NameMap, map_names, meta_module
+from twa_merge.sources import Source, find_sources
+from twa_merge.tensorfile import Entry, read_header, read_range, read_tensor
+
+COEFFICIENTS_KEY = "twa_coefficients"
+"""The one tensor in a training checkpoint of a `MergedModel`; such a folder is not a model."""
+
+Header = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class SoupTensor:
+    """One tensor of the merge: its name in the first checkpoint, and where each checkpoint keeps it."""
+
+    name: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def is_float(self) -> bool:
+        return self.entries[0].dtype.is_floating_point
+
+
+class Soup:
+    """N checkpoints of one architecture.
+
+    Creating one reads headers and configs only and checks that every tensor is in every checkpoint with one shape,
+    and that the configs mean the same function.
+
+    Args:
+        checkpoints: folders, globs, safetensors files or Hub ids; the first gives config, names and tokenizer.
+        allow_pickle: also read `pytorch_model.bin`, with `weights_only=True`.
+
+    Raises:
+        UserError: the checkpoints cannot be merged; the message names checkpoint, tensor or key, and both values.
+    """
+
+    def __init__(self, checkpoints: Sequence[str | Path], *, allow_pickle: bool = False) -> None:
+        self.sources = find_sources(checkpoints, allow_pickle=allow_pickle)
+        if not self.sources:
+            raise UserError("no checkpoint given")
+        self._unpickled: list[tempfile.TemporaryDirectory[str]] = []
+        headers = [self._header(source) for source in self.sources]
+        self.notes = _compare_folders(self.sources)
+        """Harmless differences between the checkpoints, a line each."""
+        self.tensors = self._align(headers)
+        for tensor in self.tensors:
+            _check_fit(tensor, self.labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(source.label for source in self.sources)
+
+    @property
+    def folder(self) -> Path | None:
+        """The first checkpoint's folder: config, names and tokenizer come from here."""
+        return self.sources[0].folder
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @cached_property
+    def name_map(self) -> NameMap | None:
+        """Names on disk -> names in the module, for the first checkpoint; None where there is no config."""
+        if self.folder is None or not (self.folder / "config.json").is_file():
+            return None
+        return map_names(meta_module(self.folder), [tensor.name for tensor in self.tensors])
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, SoupTensor]:
+        if self.name_map is None:
+            return {tensor.name: tensor for tensor in self.tensors}
+        found: dict[str, SoupTensor] = {}
+        for tensor in self.tensors:
+            mapped = self.name_map.mapped.get(tensor.name)
+            if mapped is None:
+                continue
+            if mapped.part is not None:
+                raise UserError(
+                    f"{self.labels[0]}: {mapped.parameters[0]!r} is put together from several tensors on load (fused "
+                    "experts); learning on such models is not supported yet, `average` and `apply` are"
+                )
+            found[mapped.parameters[0]] = tensor
+        return found
+
+    def parameters_of(self, name: str) -> tuple[str, ...]:
+        """Return the module's names of the tensor `name` on disk; empty if the module does not use it."""
+        if self.name_map is None:
+            return (name,)
+        mapped = self.name_map.mapped.get(name)
+        return () if mapped is None else mapped.parameters
+
+    def canonical(self, name: str) -> str:
+        """Return the name under which a tied parameter of the module is kept here."""
+        return self.name_map.ties.get(name, name) if self.name_map is not None else name
+
+    def tensor_of(self, parameter: str) -> SoupTensor | None:
+        """Return where the module's parameter or buffer is kept, or None if no checkpoint holds it."""
+        return self._by_parameter.get(self.canonical(parameter))
+
+    def read(self, checkpoint: int, parameter: str) -> Tensor:
+        """Return checkpoint `checkpoint`'s value of the module's parameter or buffer, in its dtype on disk."""
+        tensor = self.tensor_of(parameter)
+        if tensor is None:
+            raise KeyError(parameter)
+        return read_tensor(tensor.entries[checkpoint])
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """A hash of each checkpoint's names, shapes, dtypes and the first KiB of every tensor, however sharded."""
+        return tuple(self._fingerprint(k) for k in range(len(self)))
+
+    def _fingerprint(self, checkpoint: int) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in sorted(self.tensors, key=lambda tensor: tensor.name):
+            entry = tensor.entries[checkpoint]
+            digest.update(f"{tensor.name} {entry.dtype} {entry.shape}".encode())
+            with entry.file.open("rb", buffering=0) as file:
+                head = read_range(file, entry, 0, min(entry.numel, 1024 // entry.dtype.itemsize))
+            digest.update(head.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _header(self, source: Source) -> Header:
+        header: Header = {}
+        for file in source.files:
+            file = file if file.suffix == ".safetensors" else self._unpickle(file)
+            for name, entry in read_header(file).items():
+                if name in header:
+                    raise UserError(f"{source.label}: tensor {name!r} is in two shards; save the checkpoint again")
+                header[name] = entry
+        if COEFFICIENTS_KEY in header:
+            raise UserError(
+                f"{source.label}: holds the coefficients of a merge in training, not a model; "
+                "give the checkpoints that it merges"
+            )
+        if not header:
+            raise UserError(f"{source.label}: holds no tensor")
+        return header
+
+    def _unpickle(self, file: Path) -> Path:
+        """Convert a pickle that the user trusts into a temporary safetensors file, so that one reader serves all."""
+        from safetensors.torch import save_file
+
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises pickle, zip and runtime errors alike
+            raise UserError(f"{file}: not a readable weights-only pickle ({type(error).__name__})") from error
+        state = state.get("state_dict", state)
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._unpickled.append(tempfile.TemporaryDirectory(prefix="twa_merge-"))
+        target = Path(self._unpickled[-1].name) / "model.safetensors"
+        save_file({name: value.clone().contiguous() for name, value in state.items()}, target)
+        return target
+
+    def _align(self, headers: list[Header]) -> tuple[SoupTensor, ...]:
+        """Find each tensor of the first checkpoint in all others: by its name, or by the parameter it ends up in."""
+        first = headers[0]
+        if all(header.keys() == first.keys() for header in headers):
+            return tuple(SoupTensor(name, tuple(header[name] for header in headers)) for name in first)
+        if any(s.folder is None or not (s.folder / "config.json").is_file() for s in self.sources):
+            raise UserError(_missing(self.labels, [set(header) for header in headers]))
+        maps = [map_names(meta_module(s.folder), h) for s, h in zip(self.sources, headers, strict=True) if s.folder]
+        keyed = [_by_key(h, m, label) for h, m, label in zip(headers, maps, self.labels, strict=True)]
+        if any(entries.keys() != keyed[0].keys() for entries in keyed):
+            raise UserError(_missing(self.labels, [set(entries) for entries in keyed]))
+        keys = {name: _key(name, maps[0]) for name in first}
+        return tuple(
+            SoupTensor(name, (first[name], *(entries[key] for entries in keyed[1:])))
+            for name, key in keys.items()
+            if key in keyed[0]
+        )
+
+
+def _key(name: str, names: NameMap) -> str:
+    mapped = names.mapped.get(name)
+    if mapped is None:
+        return name
+    return " + ".join(mapped.parameters) + (f" [{mapped.part}]" if mapped.part is not None else "")
+
+
+def _by_key(header: Header, names: NameMap, label: str) -> Header:
+    keyed: Header = {}
+    for name, entry in header.items():
+        key = _key(name, names)
+        if key in keyed and not _same_data(keyed[key], entry):
+            raise UserError(f"{label}: {name!r} is tied to another tensor in the config, but differs from it on disk")
+        keyed.setdefault(key, entry)
+    return keyed
+
+
+def _same_data(a: Entry, b: Entry) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(read_tensor(a), read_tensor(b))
+
+
+def _missing(labels: Sequence[str], names: Sequence[set[str]]) -> str:
+    for label, present in zip(labels[1:], names[1:], strict=True):
+        for name in sorted(names[0] - present):
+            return f"tensor {name!r} is in {labels[0]} but missing in {label}: checkpoints of one architecture expected"
+        for name in sorted(present - names[0]):
+            return f"tensor {name!r} is in {label} but missing in {labels[0]}: checkpoints of one architecture expected"
+    raise AssertionError("no difference")
+
+
+def _check_fit(tensor: SoupTensor, labels: Sequence[str]) -> None:
+    first = tensor.entries[0]
+    for label, entry in zip(labels[1:], tensor.entries[1:], strict=True):
+        if entry.shape != first.shape:
+            hint = " (another vocabulary or head?)" if entry.shape[1:] == first.shape[1:] else ""
+            raise UserError(
+                f"tensor {tensor.name!r} has shape {list(first.shape)} in {labels[0]} "
+                f"but {list(entry.shape)} in {label}{hint}"
+            )
+        if entry.dtype.is_floating_point != first.dtype.is_floating_point:
+            raise UserError(f"tensor {tensor.name!r} is {first.dtype} in {labels[0]} but {entry.dtype} in {label}")
+
+
+def _compare_folders(sources: Sequence[Source]) -> list[str]:
+    with_config = [s for s in sources if s.folder is not None and (s.folder / "config.json").is_file()]
+    if not with_config:
+        return []
+    for source in sources:
+        if source not in with_config:
+            raise UserError(
+                f"{source.label}: no config.json, but {with_config[0].label} has one; are both checkpoints?"
+            )
+    notes = []
+    first = sources[0].folder
+    for source in sources[1:]:
+        assert first is not None and source.folder is not None
+        differences = compare_configs(first, source.folder) + compare_tokenizers(first, source.folder)
+        notes += [f"{source.label}: {line}" for line in differences]
+    return notes
+
+
+def require_several(labels: Iterable[str]) -> None:
+    """Raise unless there are at least two checkpoints to merge."""
+    labels = list(labels)
+    if len(labels) < 2:
+        raise UserError(f"a merge needs at least two checkpoints, got {len(labels)} ({', '.join(labels) or 'none'})")

@@ -1,0 +1,291 @@
+"""`MergedModel`: any module, whose only trainable parameters are the coefficients of a basis.
+
+Paper: arXiv 2205.13104, eq. 5-7. The module keeps its own parameters as the buffer of the merged weights. Where it
+reads one, it gets a view linked to the coefficients: the backward pass turns that weight's gradient into N numbers and
+frees it at once, so no gradient, optimiser state or copy of size D exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twa_merge import batchnorm
+from twa_merge.basis import Basis
+from twa_merge.dropout import restore_dropout, switch_off_dropout
+from twa_merge.errors import UserError
+from twa_merge.mixing import MixingWeights
+
+COORDINATES = ("relative", "normalized")
+
+
+class MergedModel(nn.Module):
+    """A module whose weights are a merge that trains.
+
+    It behaves as the module does, in any loop, Accelerate or transformers' `Trainer`; `parameters()` and
+    `state_dict()` hold the coefficients alone.
+
+    Args:
+        module: its parameters are overwritten with merged weights, its dropout is switched off until `unload`.
+        basis: centre and deltas of its parameters.
+        checkpoints: N labels, for `mixing_weights()`.
+        coordinates: `relative` trains shares of each delta (a step of lr moves every tensor by that share of its
+            deltas); `normalized` trains the paper's coefficients of unit vectors (eq. 4).
+        start: mixing weights to start from; default the uniform soup (all coefficients zero).
+    """
+
+    accepts_loss_kwargs = False
+    """Trainer divides the loss by the steps of accumulation itself, as the wrapped loss takes no item count."""
+
+    twa_coefficients: nn.Parameter
+    """(G', N) float32: a row for each group that has a direction."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        basis: Basis,
+        checkpoints: tuple[str, ...],
+        *,
+        coordinates: str = "relative",
+        start: MixingWeights | None = None,
+    ) -> None:
+        super().__init__()
+        if coordinates not in COORDINATES:
+            raise UserError(f"coordinates: expected {' or '.join(COORDINATES)}, got {coordinates!r}")
+        # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
+        _hide(self, module=module, basis=basis, checkpoints=checkpoints, coordinates=coordinates)
+        _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None)
+        position = (basis.trainable_G.cumsum(0) - 1).masked_fill(~basis.trainable_G, -1)
+        _hide(self, _position=position.tolist())
+        norms = basis.norms[self._active]
+        scale = torch.ones_like(norms) if coordinates == "relative" else norms.clamp_min(1e-300).reciprocal()
+        _hide(self, _scale=torch.where(norms > 0, scale, 0.0))
+        self.twa_coefficients = nn.Parameter(torch.zeros(norms.shape, dtype=torch.float32))
+        _hide(self, _links=_install_links(module, self), _dropout=switch_off_dropout(module))
+        self.__class__ = _with_signature_of(type(self), module)
+        self.start_from(start)
+
+    # --- coefficients -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_from(self, weights: MixingWeights | None) -> None:
+        """Set the coefficients to those of a merge (None: the uniform soup)."""
+        if weights is None:
+            self.twa_coefficients.zero_()
+        else:
+            shares = self._rows_of(weights)[self._active] - 1 / self.basis.num_checkpoints
+            inverse = torch.where(self._scale > 0, 1 / self._scale, 0.0)
+            self.twa_coefficients.copy_(shares * inverse)
+        self.refresh()
+
+    @torch.no_grad()
+    def mixing_weights(self) -> MixingWeights:
+        """Return the current coefficients as a table, `w_k = a_k + (1 - sum(a)) / N`."""
+        shares = torch.zeros_like(self.basis.norms)
+        shares[self._active] = self.twa_coefficients.detach().double().cpu() * self._scale
+        return MixingWeights(self.basis.shares_to_weights(shares), self.basis.groups, self.checkpoints)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recombine the weights if the coefficients changed since.
+
+        Changes are found by value: fused optimisers and `.data` writes do not bump a tensor's version.
+        """
+        now = self.twa_coefficients.detach()
+        if self._combined is None or self._combined.device != now.device or not torch.equal(now, self._combined):
+            self._combine(self.mixing_weights().table)
+            _hide(self, _combined=now.clone())
+
+    def _combine(self, table_GN: Tensor) -> None:
+        for name, parameter in self.module.named_parameters():
+            if name in self.basis.blocks:
+                # detach, not .data: the write then counts for graphs that are still open, and they raise
+                self.basis.combine(name, table_GN[self.basis.row_of(name)], out=parameter.detach())
+
+    def _rows_of(self, weights: MixingWeights) -> Tensor:
+        if len(weights.groups) == 1:
+            return weights.table.expand(len(self.basis.groups), -1)
+        return torch.stack([weights.row(names[0]) for names in self.basis.groups.values()])
+
+    # --- the module, with merged weights ---------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output at the current coefficients."""
+        self.refresh()
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def materialized(self, weights: MixingWeights | None = None) -> Iterator[nn.Module]:
+        """Yield the plain module with a merge in place: for evaluation, `generate`, pipelines, scoring of baselines.
+
+        Running statistics are the table's where it has any; other buffers are left as they are.
+        """
+        before = batchnorm.statistics(self.module)
+        with torch.no_grad():
+            if weights is None:
+                self.refresh()
+            else:
+                self._combine(self._rows_of(weights))
+                _hide(self, _combined=None)
+                batchnorm.load_statistics(self.module, dict(weights.statistics))
+        try:
+            with _unlinked(self._links):
+                yield self.module
+        finally:
+            batchnorm.load_statistics(self.module, before)
+
+    def unload(self) -> nn.Module:
+        """Return the plain module with the current merge in its parameters; this wrapper is of no use afterwards."""
+        self.refresh()
+        for link in self._links:
+            link.remove()
+        restore_dropout(self._dropout)
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return self.module
+
+    def merge_and_unload(self) -> nn.Module:
+        """Return the plain merged module, as PEFT's method of this name does."""
+        return self.unload()
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Save the merged module as combined in float32, with `mixing_weights.*`.
+
+        `twa_merge.write` makes the exact merge from the original checkpoints instead.
+        """
+        with self.materialized() as module:
+            module.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        self.mixing_weights().save(Path(folder))
+
+    def print_trainable_parameters(self) -> None:
+        """Print how few numbers train."""
+        total = sum(p.numel() for p in self.module.parameters())
+        count = self.twa_coefficients.numel()
+        print(f"trainable params: {count:,} || all params: {total:,} || trainable%: {100 * count / total:.4f}")
+
+    def train(self, mode: bool = True) -> MergedModel:
+        """Set the mode of wrapper and module."""
+        super().train(mode)
+        self.module.train(mode)
+        return self
+
+    def _linked(self, name: str, parameter: Tensor) -> Tensor:
+        position = self._position[self.basis.row_of(name)]
+        if position < 0:  # a group in which all checkpoints are equal has no direction
+            return parameter
+
+        def project(grad: Tensor) -> Tensor:
+            rows = torch.zeros_like(self.twa_coefficients)
+            rows[position] = self.basis.project(name, grad) * self._scale[position].to(rows)
+            return rows
+
+        return _Link.apply(self.twa_coefficients, parameter, project)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "module" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["module"], name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        super()._apply(fn, recurse)
+        self.twa_coefficients.data = self.twa_coefficients.data.float()
+        self.module._apply(fn, recurse)
+        self.basis.to(self.twa_coefficients.device)
+        _hide(self, _combined=None)
+        return self
+
+
+class _Link(torch.autograd.Function):
+    """Hands on a weight; its backward projects the weight's gradient on the basis (eq. 6)."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, parameter: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.project = project
+        # detach, not .data: the shared version counter reports a rewrite while a graph is open
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.project(grads[0]), None, None
+
+
+class _LinkedParameters(dict):  # type: ignore[type-arg]
+    """A module's `_parameters`, whose items read one by one are linked views.
+
+    `nn.Module.__getattr__` reads single items; state dicts, `named_parameters` and `_apply` iterate and so see the
+    parameters themselves. Links must be made where the weight is read, not up front: autograd runs nodes in the
+    reverse of their making, and links made first would keep every weight gradient alive to the end.
+    """
+
+    def __init__(self, owner: nn.Module, model: MergedModel, names: dict[str, str]) -> None:
+        super().__init__(owner._parameters)
+        self.owner, self.model, self.names, self.enabled = owner, model, names, True
+
+    def __getitem__(self, key: str) -> Any:
+        parameter = super().__getitem__(key)
+        name = self.names.get(key)
+        if name is None or not self.enabled or not torch.is_grad_enabled():
+            return parameter
+        return self.model._linked(name, parameter)
+
+    def remove(self) -> None:
+        """Make the module's parameters plain again."""
+        self.owner._parameters = dict(self)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # copies and pickles of the module are plain modules
+
+
+def _hide(model: MergedModel, **attributes: Any) -> None:
+    """Set attributes that `nn.Module` must not register as submodules, parameters or buffers."""
+    for name, value in attributes.items():
+        object.__setattr__(model, name, value)
+
+
+def _install_links(module: nn.Module, model: MergedModel) -> list[_LinkedParameters]:
+    canonical = {id(p): name for name, p in module.named_parameters() if name in model.basis.blocks}
+    links = []
+    for owner in module.modules():
+        names = {key: canonical[id(p)] for key, p in owner._parameters.items() if id(p) in canonical}
+        if not names:
+            continue
+        if isinstance(owner, nn.RNNBase):
+            raise UserError(
+                f"{type(owner).__name__}: recurrent layers of torch keep a second list of their weights, past which "
+                "coefficients cannot learn; not supported"
+            )
+        owner._parameters = _LinkedParameters(owner, model, names)
+        links.append(owner._parameters)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return links
+
+
+@contextlib.contextmanager
+def _unlinked(links: list[_LinkedParameters]) -> Iterator[None]:
+    for link in links:
+        link.enabled = False
+    try:
+        yield
+    finally:
+        for link in links:
+            link.enabled = True
+
+
+def _with_signature_of(cls: type[MergedModel], module: nn.Module) -> type[MergedModel]:
+    """Return a subclass whose `forward` shows the module's signature: Trainer picks columns and labels by it."""
+
+    def forward(self: MergedModel, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})

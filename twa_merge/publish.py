@@ -1,0 +1,84 @@
+"""A folder appears complete or not at all, and never in the place of something that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
+
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+_NOT_COPIED = {
+    "trainer_state.json",
+    "report.json",
+    "mixing_weights.json",
+    "adapter_config.json",
+    "soup.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+}
+
+
+def check_output(output: Path, soup: Soup | None, *, overwrite: bool) -> None:
+    """Raise unless `output` may be written: new, or `overwrite` and neither an input nor something we did not write."""
+    resolved = output.resolve()
+    for source in soup.sources if soup is not None else ():
+        places = {source.folder, *source.files, *(file.parent for file in source.files)}
+        if any(place is not None and _inside(place.resolve(), resolved) for place in places):
+            raise UserError(f"{output}: is or holds the input {source.label}; choose another output")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{output}: exists already; choose another output or add --overwrite")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "mixing_weights.json").is_file()):
+        raise UserError(
+            f"{output}: exists and is no earlier merge; --overwrite replaces only folders written by twa-merge"
+        )
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+@contextlib.contextmanager
+def publish(output: Path, soup: Soup | None = None, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `output` that becomes `output` by a rename if the block succeeds, and goes away if not."""
+    check_output(output, soup, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
+    try:
+        unfinished.chmod(0o755)
+        yield unfinished
+        check_output(output, soup, overwrite=overwrite)
+        if output.exists():
+            replaced = unfinished.with_name(unfinished.name + ".replaced")
+            output.rename(replaced)
+            unfinished.rename(output)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Copy config, tokenizer and processor files; the weights, training state and reports stay behind."""
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.is_file() and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, target / file.name)
+    config = target / "config.json"
+    if dtype is not None and config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        for key in ("dtype", "torch_dtype"):
+            if key in content:
+                content[key] = str(dtype).removeprefix("torch.")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,213 @@
+"""What a run shows: the league table as text, JSON and pictures, and the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twa_merge.checkpoints import Soup
+from twa_merge.evaluation import Evaluation, Scores, paired_difference
+from twa_merge.league import Candidate
+from twa_merge.plots import plot_curve, plot_league, plot_mixing_weights
+from twa_merge.recipe import Recipe, to_yaml
+
+if TYPE_CHECKING:
+    from twa_merge.runner import Result
+
+
+def league_table(candidates: list[Candidate], winner: Candidate | None = None) -> str:
+    """Return the league table as Markdown: loss and metrics with standard errors on each part, passes."""
+    parts = ["fit", "select"] + (["test"] if any(c.test for c in candidates) else [])
+    metrics = [metric.name for metric in candidates[0].select.metrics if not metric.from_loss]
+    header = ["", *(f"{part} loss" for part in parts), *(f"{part} {name}" for name in metrics for part in parts[1:])]
+    rows = [[*header, "passes"]]
+    for c in candidates:
+        scores = {"fit": c.fit, "select": c.select, "test": c.test}
+        row = [_row_name(c, winner), *(_loss(scores[part]) for part in parts)]
+        row += [_metric(scores[part], name) for name in metrics for part in parts[1:]]
+        rows.append([*row, f"{c.passes:.1f}"])
+    return aligned(rows)
+
+
+def _row_name(candidate: Candidate, winner: Candidate | None) -> str:
+    marks = ("*" if candidate.optimistic else "") + (" ←" if candidate is winner else "")
+    return candidate.name + marks
+
+
+def _loss(evaluation: Evaluation | None) -> str:
+    return "" if evaluation is None else scores_text(evaluation.loss)
+
+
+def _metric(evaluation: Evaluation | None, name: str) -> str:
+    return "" if evaluation is None else scores_text(evaluation.metric(name))
+
+
+def scores_text(scores: Scores) -> str:
+    """Return value ± standard error."""
+    return f"{scores.value:.4f} ± {scores.standard_error:.4f}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Return rows as a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| "
+        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """Return the machine-readable account of a run."""
+    baseline = min((c for c in result.league if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value)
+    return {
+        "winner": result.verdict.winner.name,
+        "reason": result.verdict.reason,
+        "warnings": result.warnings,
+        "cross_fitting_folds": len(result.folds) if len(result.folds) > 1 else None,
+        "samples": {"fit": len(result.folds[0][0]), "select": sum(len(part) for _, part in result.folds)},
+        "league": [_candidate(c, baseline) for c in result.league],
+        "curves": [run.curve for run in result.learned],
+        "best_steps": [run.best_step for run in result.learned],
+        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
+    }
+
+
+def _candidate(candidate: Candidate, baseline: Candidate) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": candidate.name,
+        "learned": candidate.learned,
+        "optimistic": candidate.optimistic,
+        "passes": round(candidate.passes, 3),
+    }
+    for part in ("fit", "select", "test"):
+        evaluation = getattr(candidate, part)
+        if evaluation is None:
+            continue
+        about[part] = {"loss": _json_scores(evaluation.loss)}
+        for metric in evaluation.metrics:
+            about[part][metric.name] = _json_scores(evaluation.metric(metric.name))
+    gain = paired_difference(baseline.select, candidate.select)
+    about["select_gain_over_best_baseline"] = _json_scores(gain)
+    about["mixing_weights"] = dict(zip(candidate.weights.groups, candidate.weights.table.tolist(), strict=True))
+    return about
+
+
+def _json_scores(scores: Scores) -> dict[str, float | None]:
+    return {
+        "value": scores.value if math.isfinite(scores.value) else None,
+        "standard_error": scores.standard_error if math.isfinite(scores.standard_error) else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    from importlib.metadata import version
+
+    names = ("twa-merge", "torch", "transformers", "datasets", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> None:
+    """Write report.json, report.md, the pictures, recipe.yaml and the model card into `folder`."""
+    about = summary(result) | {
+        "checkpoints": [
+            {"label": s.label, "revision": s.revision, "fingerprint": soup.fingerprints[k]}
+            for k, s in enumerate(soup.sources)
+        ],
+        "notes": soup.notes,
+        "versions": versions(),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+    }
+    (folder / "report.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    plot_league(result.league, result.verdict.winner, folder / "league.png")
+    learned = next((c for c in result.league if c.learned), result.verdict.winner)
+    plot_mixing_weights(learned.weights, folder / "mixing_weights.png")
+    plot_curve([run.curve for run in result.learned], folder / "curve.png")
+    (folder / "report.md").write_text(report_text(result, soup), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(result, soup, recipe), encoding="utf-8")
+
+
+def report_text(result: Result, soup: Soup) -> str:
+    """Return `report.md`."""
+    lines = [
+        "# Merge report",
+        "",
+        result.verdict.reason + ".",
+        "",
+        league_table(result.league, result.verdict.winner),
+        "",
+    ]
+    lines += [legend(result), "", "![league table](league.png)", "", "## Mixing weights", ""]
+    lines += ["![mixing weights](mixing_weights.png)", "", "## Learning", "", "![curve](curve.png)", ""]
+    lines += ["## Checkpoints", "", *(f"- {label}" for label in soup.labels), ""]
+    for title, items in (("Warnings", result.warnings), ("Differences in configs", soup.notes)):
+        if items:
+            lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
+    return "\n".join(lines)
+
+
+def legend(result: Result) -> str:
+    """Return how to read the table."""
+    if len(result.folds) > 1:
+        select = (
+            f"cross-fitting over {len(result.folds)} folds: each fold's choice is scored on samples it has not seen, "
+            "and the final table is the mean of the folds' tables"
+        )
+    else:
+        select = (
+            f"fit: {len(result.folds[0][0])} samples to learn and choose on; select: {len(result.folds[0][1])} others"
+        )
+    return (
+        f"Loss is the mean over samples, ± its standard error; {select}. "
+        "← ships. * chosen with the select part in view."
+    )
+
+
+def model_card(result: Result, soup: Soup, recipe: Recipe) -> str:
+    """Return the merged model's README.md, with the front matter that the Hub reads; no local paths."""
+    from huggingface_hub import ModelCardData
+
+    parents = [source.label.partition("@")[0] for source in soup.sources if source.revision is not None]
+    data = ModelCardData(
+        base_model=parents or None,
+        base_model_relation="merge" if parents else None,
+        library_name="transformers" if soup.folder is not None else None,
+        pipeline_tag=_PIPELINES.get(recipe.task or ""),
+        tags=["merge", "model-soup", "twa-merge"],
+    )
+    names = [
+        Path(label).name if s.revision is None else label for label, s in zip(soup.labels, soup.sources, strict=True)
+    ]
+    body = [
+        "# Merged model",
+        "",
+        f"A merge of {len(names)} checkpoints of one architecture by `twa-merge`, with mixing weights for each of "
+        f"{len(result.weights.groups)} groups of parameters (`mixing_weights.json`): trainable weight averaging, "
+        "arXiv 2205.13104.",
+        "",
+        result.verdict.reason + ".",
+        "",
+        league_table(result.league, result.verdict.winner),
+        "",
+        legend(result),
+        "",
+        "Members: " + ", ".join(names),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"
+
+
+_PIPELINES = {
+    "text-classification": "text-classification",
+    "image-classification": "image-classification",
+    "causal-lm": "text-generation",
+    "seq2seq": "translation",
+}

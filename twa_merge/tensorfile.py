@@ -1,0 +1,171 @@
+"""safetensors files by byte range: validated headers, reads and writes in bounded memory.
+
+The safetensors library reads through memory maps and writes from whole tensors in memory. A merge of many checkpoints
+must do neither: mapped pages count as memory, and a whole model need not fit. The format is an 8-byte little-endian
+length, a JSON header, and the raw tensors one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from twa_merge.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, as its header declares it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Byte offset in the file."""
+
+    @property
+    def numel(self) -> int:
+        return _numel(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return the tensors of a safetensors file without reading their data.
+
+    Raises:
+        UserError: the file is truncated, corrupt, or of an unsupported dtype.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else None
+        if length is None or length > min(_MAX_HEADER, size - 8):
+            raise UserError(f"{path}: not a complete safetensors file ({size} bytes); download or save it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("header is not an object")
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, 8 + length, info) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: corrupt safetensors header ({error}); download or save it again") from error
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            raise UserError(f"{path}: corrupt safetensors header ({name!r} overlaps another tensor or leaves a gap)")
+        end += entry.nbytes
+    if end != size:
+        raise UserError(
+            f"{path}: truncated or corrupt: its header declares {end} bytes, the file has {size}; "
+            "download or save it again"
+        )
+    return entries
+
+
+def _numel(shape: Iterable[int]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
+    dtype = info["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not supported")
+    shape = tuple(int(extent) for extent in info["shape"])
+    start, end = info["data_offsets"]
+    entry = Entry(path, DTYPES[dtype], shape, base + start)
+    if min(shape, default=0) < 0 or start < 0 or end - start != entry.nbytes:
+        raise ValueError(f"offsets {start}..{end} do not fit {dtype} of shape {list(shape)}")
+    return entry
+
+
+def read_range(file: BinaryIO, entry: Entry, first: int, count: int) -> Tensor:
+    """Return elements `first .. first + count` of a tensor, flat, in its own dtype.
+
+    Args:
+        file: the tensor's file, opened unbuffered for reading.
+    """
+    data = torch.empty(count, dtype=entry.dtype)
+    view = memoryview(data.view(torch.uint8).numpy()) if count else memoryview(b"")
+    file.seek(entry.start + first * entry.dtype.itemsize)
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            raise UserError(f"{entry.file}: file ended while it was being read; did it change meanwhile?")
+        done += got
+    return data
+
+
+def read_tensor(entry: Entry) -> Tensor:
+    """Return one whole tensor in its own dtype and shape."""
+    with entry.file.open("rb", buffering=0) as file:
+        return read_range(file, entry, 0, entry.numel).view(entry.shape)
+
+
+class TensorFileWriter:
+    """Writes one safetensors file whose tensors arrive in pieces, in the order they were declared."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in tensors.items():
+            size = _numel(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._expected = 8 + len(raw) + end
+        self._file = path.open("wb", buffering=0)
+        self._write(struct.pack("<Q", len(raw)) + raw)
+
+    def append(self, piece: Tensor) -> None:
+        """Append a contiguous piece of the next tensor's data."""
+        if piece.numel():
+            self._write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        """Flush to disk; the file must be complete by now."""
+        complete = self._file.tell() == self._expected
+        if complete:
+            os.fsync(self._file.fileno())
+        self._file.close()
+        assert complete, "the tensors appended do not add up to those declared"
+
+    def abandon(self) -> None:
+        """Close without the check, after an error."""
+        self._file.close()

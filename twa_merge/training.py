@@ -1,0 +1,294 @@
+"""One Accelerate loop that learns the coefficients of a `MergedModel`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twa_merge.errors import UserError
+from twa_merge.evaluation import Evaluation
+from twa_merge.mixing import MixingWeights
+from twa_merge.model import MergedModel
+from twa_merge.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    """How coefficients are learned. The defaults and how they were chosen: `docs/defaults.md`."""
+
+    granularity: str | list[str] = "tensor"
+    """Which parameters share a row: `model`, `layer`, `tensor`, or name patterns."""
+    coordinates: str = "relative"
+    """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
+    start: str = "uniform"
+    """Where coefficients start: `uniform`, `greedy` or `best`."""
+    lr: float = 0.01
+    steps: int | None = None
+    """Optimisation steps; default `epochs` over the fit part."""
+    epochs: float = 10
+    batch_size: int = 32
+    """Samples of one forward pass, all processes together."""
+    accumulation: int = 1
+    """Forward passes in one step."""
+    warmup: float = 0.1
+    """Share of the steps with rising learning rate, before the cosine."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay of the coefficients, towards the uniform soup."""
+    regularization: float = 1e-5
+    """lambda of eq. 2: `lambda / 2 * ||c||^2` is added to the loss."""
+    evaluations: int = 20
+    """How often the select part is scored; the best of them is kept."""
+    patience: int = 8
+    """Stop after this many evaluations without a better one."""
+    mixed_precision: str = "no"
+    """`no`, `bf16` or `fp16`."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Learned:
+    """What training produced."""
+
+    weights: MixingWeights
+    """The table with the lowest select loss among the evaluated steps."""
+    best_step: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """A row for each evaluation: step, lr, fit_loss (mean since the last), select_loss."""
+
+
+def learn(
+    model: MergedModel,
+    fit: Any,
+    task: Task,
+    config: LearnConfig,
+    accelerator: Accelerator,
+    *,
+    score: Callable[[], Evaluation],
+    state_file: Path | None = None,
+    progress: bool = False,
+) -> Learned:
+    """Train the coefficients of `model` on `fit` and return the best table.
+
+    The result does not depend on the number of processes or on how a step is divided into forward passes: every step
+    sees the same samples, and each label element weighs the same.
+
+    Args:
+        model: starts from its present coefficients.
+        fit: map-style data set of the task's features.
+        task: makes batches and losses.
+        config: learning rate, steps, ...
+        accelerator: devices, precision and processes.
+        score: returns the select part's evaluation at the model's present coefficients; called on every process.
+        state_file: kept up to date at every evaluation; training goes on from it if it exists.
+        progress: show a bar.
+
+    Raises:
+        UserError: the loss is not finite, or the batch is smaller than the number of processes.
+    """
+    total = config.steps or max(1, math.ceil(config.epochs * len(fit) / (config.batch_size * config.accumulation)))
+    run = _Run(model, config, total, accelerator)
+    run.resume(state_file)
+    if not run.curve:
+        run.evaluate(score, 0, math.nan)
+        run.save(state_file)
+    every = max(1, math.ceil(total / config.evaluations))
+    batches = _batches(fit, task, config, range(run.step, total), accelerator)
+    recent: list[float] = []
+    with _bar(total, run.step, progress and accelerator.is_main_process) as bar:
+        model.train()
+        while run.step < total and not run.stopped:
+            recent.append(run.step_on(next(batches), task))
+            bar.update()
+            if run.step % every == 0 or run.step == total:
+                run.evaluate(score, run.step, sum(recent) / len(recent))
+                run.save(state_file)
+                bar.set_postfix(select=f"{run.curve[-1]['select_loss']:.4f}", best=f"{run.best_loss:.4f}")
+                recent.clear()
+                model.train()
+    with torch.no_grad():
+        model.twa_coefficients.copy_(run.best)
+    return Learned(model.mixing_weights(), run.best_step, run.curve)
+
+
+class _Run:
+    """The state of one training run: everything that a resumed run needs."""
+
+    def __init__(self, model: MergedModel, config: LearnConfig, total: int, accelerator: Accelerator) -> None:
+        from transformers import get_cosine_schedule_with_warmup
+
+        self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
+        self.optimizer = torch.optim.AdamW(
+            [model.twa_coefficients], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)
+        )
+        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, round(config.warmup * total), total)
+        self.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+        self.step = 0
+        self.curve: list[dict[str, float]] = []
+        self.best = model.twa_coefficients.detach().clone()
+        self.best_step = 0
+        self.best_loss = math.inf
+
+    @property
+    def stopped(self) -> bool:
+        since = [row for row in self.curve if row["step"] > self.best_step]
+        return len(since) >= self.config.patience
+
+    def step_on(self, micro_batches: list[Batch], task: Task) -> float:
+        """Take one optimisation step and return its loss."""
+        model, world = self.model, self.accelerator.num_processes
+        counts = torch.stack([task.count(batch) for batch in micro_batches]).sum().to(model.twa_coefficients.device)
+        count = self.accelerator.reduce(counts.float(), reduction="sum")
+        value = torch.zeros((), device=model.twa_coefficients.device)
+        for i, batch in enumerate(micro_batches):
+            last = i + 1 == len(micro_batches)
+            with _synchronised(self.wrapped, last):
+                with self.accelerator.autocast():
+                    outputs = task.forward(self.wrapped, batch)
+                losses, weights = task.sample_losses(outputs, batch)
+                loss = (losses * weights).sum() / count
+                value += loss.detach()
+                loss = loss * world  # DDP averages gradients over processes
+                if last:
+                    loss = loss + self.config.regularization / 2 * model.twa_coefficients.square().sum()
+                self.accelerator.backward(loss)
+        mean = float(self.accelerator.reduce(value, reduction="sum"))
+        self._require_finite(mean)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return mean
+
+    def evaluate(self, score: Callable[[], Evaluation], step: int, fit_loss: float) -> None:
+        loss = score().loss.value
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+            self.best = self.model.twa_coefficients.detach().clone()
+
+    def _require_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        weights = self.model.mixing_weights()
+        row = int((weights.table - 1 / weights.num_checkpoints).abs().amax(dim=1).nan_to_num(math.inf).argmax())
+        raise UserError(
+            f"the loss is {loss} at step {self.step + 1} (lr {self.optimizer.param_groups[0]['lr']:g}); the group "
+            f"furthest from the average is {list(weights.groups)[row]!r}: lower the lr, or drop a broken checkpoint"
+        )
+
+    def save(self, file: Path | None) -> None:
+        """Write the state atomically, on the main process."""
+        if file is None or not self.accelerator.is_main_process:
+            return
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {"coefficients": self.model.twa_coefficients.detach(), "best": self.best}
+        for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
+            tensors[f"optimizer.{name}"] = value
+        about = {
+            "step": self.step,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "curve": self.curve,
+            "config": asdict(self.config),
+            "total": self.total,
+        }
+        temporary = file.with_suffix(".tmp")
+        save_file({n: t.cpu().contiguous().clone() for n, t in tensors.items()}, temporary, {"run": json.dumps(about)})
+        os.replace(temporary, file)
+
+    def resume(self, file: Path | None) -> None:
+        """Go on from a saved state, if there is one."""
+        if file is None or not file.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads(opened.metadata()["run"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        if about["config"] != asdict(self.config) or about["total"] != self.total:
+            raise UserError(
+                f"{file}: belongs to a run with other settings; give the same ones, or start without --resume"
+            )
+        device = self.model.twa_coefficients.device
+        with torch.no_grad():
+            self.model.twa_coefficients.copy_(tensors["coefficients"])
+        self.best = tensors["best"].to(device)
+        self.step, self.best_step, self.best_loss = about["step"], about["best_step"], about["best_loss"]
+        self.curve = about["curve"]
+        state = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+        for _ in range(self.step):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+            self.scheduler.step()
+
+
+def _synchronised(wrapped: Any, last: bool) -> Any:
+    import contextlib
+
+    return contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
+
+
+def batch_indices(
+    num_samples: int, config: LearnConfig, steps: range, *, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """Return the samples of each forward pass of one process, `accumulation` passes for each step.
+
+    Steps read one endless stream of permutations, so a step has the same samples however it is divided, and a resumed
+    run goes on where it stopped.
+    """
+    passes: list[list[int]] = []
+    size = config.batch_size * config.accumulation
+    orders: dict[int, list[int]] = {}
+    for step in steps:
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, offset = divmod(position, num_samples)
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+                orders = {epoch: torch.randperm(num_samples, generator=generator).tolist()}
+            chosen.append(orders[epoch][offset])
+        for first in range(0, size, config.batch_size):
+            passes.append(chosen[first : first + config.batch_size][rank::world])
+    return passes
+
+
+def _batches(
+    fit: Any, task: Task, config: LearnConfig, steps: range, accelerator: Accelerator
+) -> Iterator[list[Batch]]:
+    from torch.utils.data import DataLoader
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if config.batch_size < world:
+        raise UserError(f"batch_size: {config.batch_size} is less than the number of processes, {world}")
+    passes = batch_indices(len(fit), config, steps, rank=rank, world=world)
+    loader: Any = iter(DataLoader(fit, batch_sampler=passes, collate_fn=task.collate))  # type: ignore[arg-type]
+    for _ in steps:
+        yield [to_device(next(loader), accelerator.device) for _ in range(config.accumulation)]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch."""
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, device)
+
+
+def _bar(total: int, done: int, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc="learning", unit="step", delay=2, disable=None if show else True)
