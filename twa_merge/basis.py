@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.groups import Groups
+
+if TYPE_CHECKING:
+    from twa_merge.checkpoints import Soup
 
 _TILE = 1 << 18
 _NOISE = 1e-6
@@ -66,7 +69,7 @@ class Basis:
         row = torch.ones(len(block), dtype=block.dtype, device=block.device)
         row[:-1] = shares_N
         if out.dtype == block.dtype and out.is_contiguous():
-            torch.matmul(row, block, out=out.view(-1))
+            torch.matmul(row.unsqueeze(0), block, out=out.view(1, -1))
         else:
             out.copy_(torch.matmul(row, block).view(out.shape))
 
