@@ -35,7 +35,11 @@ _RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "laye
 _CLIP = {"vision_config": _VISION, "text_config": _BERT | {"bos_token_id": 2, "eos_token_id": 3}, "projection_dim": 16}
 
 _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=VOCAB, **_IDS)),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=VOCAB, **_IDS),
+    ),
     "bert": ("BertForSequenceClassification", "BertConfig", {**_BERT, **_LABELS}),
     "bert_mlm": ("BertForMaskedLM", "BertConfig", _BERT),
     "vit": ("ViTForImageClassification", "ViTConfig", {**_VISION, **_LABELS}),
@@ -208,7 +212,11 @@ def write_tensors(state: dict[str, torch.Tensor], folder: Path, *, sharded: bool
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     if not sharded:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         return
     names, weight_map = list(state), {}
     for i in range(3):

@@ -16,7 +16,7 @@ from twa_merge.configs import compare_configs, compare_tokenizers
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
 from twa_merge.sources import Source, find_sources
-from twa_merge.tensorfile import Entry, read_header, read_range, read_tensor
+from twa_merge.tensorfile import Entry, read_head, read_header, read_tensor
 
 COEFFICIENTS_KEY = "twa_coefficients"
 """The one tensor in a training checkpoint of a `MergedModel`; such a folder is not a model."""
@@ -130,8 +130,7 @@ class Soup:
         for tensor in sorted(self.tensors, key=lambda tensor: tensor.name):
             entry = tensor.entries[checkpoint]
             digest.update(f"{tensor.name} {entry.dtype} {entry.shape}".encode())
-            with entry.file.open("rb", buffering=0) as file:
-                head = read_range(file, entry, 0, min(entry.numel, 1024 // entry.dtype.itemsize))
+            head = read_head(entry, min(entry.numel, 1024 // entry.dtype.itemsize))
             digest.update(head.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from twa_merge.errors import UserError
-from twa_merge.tokenizers import compare_tokenizers
-
-__all__ = ["compare_configs", "compare_tokenizers", "require_full_checkpoint"]
 
 _MISSING = object()
 _HARMLESS = re.compile(
     r"""
     _?name_or_path | transformers(_js)?(_version|\.js_config) | (torch_)?dtype | auto_map | architectures | _commit_hash
-    | .*drop(?!less).*                                                                    # dropout, drop_path, layerdrop
+    | (?!token_dropout).*drop(?!less).*     # ESM's token_dropout also rescales embeddings after training
     | use_cache | (_?gradient|use_gradient)_checkpointing | output_(attentions|hidden_states|scores|router_logits|past)
     | initializer_.* | init_std | init_xavier_std | embedding_init_std | .*_init_std
     | finetuning_task | task_specific_params | tf_legacy_loss | torchscript | return_dict | use_bfloat16
     | chunk_size_feed_forward | _?(attn|experts)_implementation.* | _?use_flash_attn.* | _flash_attn_.*
     | use_memory_efficient_attention | pretraining_tp
-    | label_smoothing.* | .*(aux|auxiliary|router_z)_?(loss)?_(coef|coefficient|weight) | .*_loss_(coef|coefficient|weight)
-    | router_jitter_noise | apply_spec_augment | mask_(time|feature)_.* | ctc_(loss_reduction|zero_infinity)
-    | (class|bbox|giou|mask|dice)_cost
+    | label_smoothing.* | .*_loss_(coef|coefficient|weight) | router_jitter_noise | apply_spec_augment
+    | mask_(time|feature)_(prob|length|min_masks|min_space|selection|other) | ctc_(loss_reduction|zero_infinity)
+    | (matcher_)?(class|bbox|giou|mask|dice)_cost | eos_coefficient
     | max_length | min_length | do_sample | early_stopping | num_beams | num_beam_groups | diversity_penalty
     | temperature | top_k | top_p | typical_p | repetition_penalty | length_penalty | (encoder_)?no_repeat_ngram_size
     | bad_words_ids | num_return_sequences | return_dict_in_generate | forced_(bos|eos)_token_id
@@ -34,6 +31,7 @@ _HARMLESS = re.compile(
     re.VERBOSE,
 )
 """Keys that do not change what a trained model computes: names, training only, memory only, defaults of generation."""
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
 
 
 def compare_configs(first: Path, other: Path) -> list[str]:
@@ -51,12 +49,9 @@ def compare_configs(first: Path, other: Path) -> list[str]:
     found = _differences(a, b)
     if any(_functional(key, *values) for key, values in found.items()):
         # transformers is loaded only here: equal configs need no model library
-        known = _normalized(a, first), _normalized(b, other)
-        functional = {
-            key: values
-            for key, values in _differences(*(known if None not in known else (a, b))).items()
-            if _functional(key, *values)
-        }
+        x, y = _normalized(a, first), _normalized(b, other)
+        compared = _differences(x, y) if x is not None and y is not None else found
+        functional = {key: values for key, values in compared.items() if _functional(key, *values)}
         if functional:
             raise UserError(_refusal(functional, first, other))
     return [f"{key}: {_show(x)} / {_show(y)}" for key, (x, y) in found.items() if not _functional(key, x, y)]
@@ -86,14 +81,9 @@ def require_full_checkpoint(folder: Path, *, others_have_config: bool = False) -
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not there, expected beside the weights; add it, or leave this folder out") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); save or download the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}; save the checkpoint again")
+    if not path.is_file():
+        raise UserError(f"{path}: not there, expected beside the weights; add it, or leave this folder out")
+    config = _json(path)
     if config.get("quantization_config"):
         raise UserError(
             f"{path}: has a `quantization_config`; quantized weights cannot be averaged, expected float weights: "
@@ -137,7 +127,7 @@ def _normalized(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | Non
     """Return the config with every default filled in by transformers; None for a model type it does not know."""
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return None
     try:
@@ -166,3 +156,82 @@ def _refusal(functional: Mapping[str, tuple[Any, Any]], first: Path, other: Path
 def _show(value: Any) -> str:
     text = "(missing)" if value is _MISSING else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def compare_tokenizers(first: Path, other: Path) -> list[str]:
+    """Return the harmless differences between two checkpoints' tokenizers, a line each.
+
+    `tokenizer.json` decides where both have one; truncation and padding settings in it are harmless.
+
+    Raises:
+        UserError: the vocabularies or their merges differ, or a tokenizer file is unreadable.
+    """
+    a, b = _tokenizer_files(Path(first)), _tokenizer_files(Path(other))
+    if not a or not b:
+        return [] if not a and not b else [f"tokenizer: {', '.join(a) or 'none'} / {', '.join(b) or 'none'}"]
+    common = [name for name in a if name in b]
+    if not common:
+        return [f"tokenizer: {', '.join(a)} / {', '.join(b)} (different files: not compared)"]
+    lines = []
+    for name in common[:1] if common[0] == "tokenizer.json" else common:
+        if a[name].read_bytes() != b[name].read_bytes():
+            lines += _compare_files(a[name], b[name])
+    return lines
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))}
+
+
+def _compare_files(a: Path, b: Path) -> list[str]:
+    if a.suffix == ".model":
+        raise UserError(f"{b}: another vocabulary than {a} (different bytes); merge checkpoints of one tokenizer")
+    x, y = _vocabulary(a), _vocabulary(b)
+    for part in x:
+        if x[part] != y[part]:
+            raise UserError(
+                f"{b}: another tokenizer than {a}: {_first_difference(part, x[part], y[part])}; "
+                "merge checkpoints of one tokenizer"
+            )
+    if a.name != "tokenizer.json":
+        return []
+    p, q = _json(a), _json(b)
+    ignored = ("model", "added_tokens", "version")
+    keys = [key for key in dict.fromkeys([*p, *q]) if key not in ignored and p.get(key) != q.get(key)]
+    return [f"tokenizer.json: {', '.join(keys)} differs"] if keys else []
+
+
+def _vocabulary(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what decides the ids of a text: part -> token or rule -> its id or place."""
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return {path.stem: {line: i for i, line in enumerate(lines) if not line.startswith("#version")}}
+    data = _json(path)
+    if path.name != "tokenizer.json":
+        return {"vocab": data}
+    model = data.get("model") or {}
+    vocab, merges = model.get("vocab") or {}, model.get("merges") or []
+    if not isinstance(vocab, dict):  # Unigram: a list of (token, score)
+        vocab = {token: [i, score] for i, (token, score) in enumerate(vocab)}
+    return {
+        "vocab": vocab,
+        "merges": {m if isinstance(m, str) else " ".join(m): i for i, m in enumerate(merges)},
+        "added_tokens": {token["content"]: token["id"] for token in data.get("added_tokens") or []},
+        "model": {key: value for key, value in model.items() if key in ("type", "unk_token", "unk_id")},
+    }
+
+
+def _first_difference(part: str, x: Mapping[str, Any], y: Mapping[str, Any]) -> str:
+    key = next(key for key in [*x, *y] if x.get(key, _MISSING) != y.get(key, _MISSING))
+    sizes = f"{len(y)} entries, expected {len(x)}; " if len(x) != len(y) else ""
+    return f"{part} differs ({sizes}{key!r} is {_show(y.get(key, _MISSING))}, expected {_show(x.get(key, _MISSING))})"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); save or download the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}; save the checkpoint again")
+    return data

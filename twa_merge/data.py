@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twa_merge.data_hub import first_line, load_from_hub
 from twa_merge.errors import UserError
 
 _READERS = {
@@ -21,13 +23,11 @@ _READERS = {
     ".arrow": "arrow",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_ALIASES = {name: "validation" for name in ("dev", "val", "valid", "eval", "development")} | {"training": "train"}
+_ALIASES = dict.fromkeys(("dev", "val", "valid", "eval", "development"), "validation") | {"training": "train"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_split(
-    source: Any, split: str | None = None, *, name: str | None = None, revision: str | None = None
-) -> Any:
+def open_split(source: Any, split: str | None = None, *, name: str | None = None, revision: str | None = None) -> Any:
     """Return one split as a `datasets.Dataset`.
 
     Args:
@@ -47,7 +47,7 @@ def open_split(
     if isinstance(source, datasets.Dataset):
         found = _select(label, {_own_split(source): lambda: source}, split)
     elif isinstance(source, datasets.DatasetDict):
-        found = _select(label, {key: lambda key=key: source[key] for key in source}, split)
+        found = _select(label, _each(source), split)
     elif isinstance(source, (str, Path)):
         found = _open_named(str(source), split, name, revision)
     else:
@@ -94,6 +94,10 @@ def split_indices(
     return pairs
 
 
+def _each(splits: Any) -> dict[str, Callable[[], Any]]:
+    return {str(key): partial(splits.__getitem__, key) for key in splits}
+
+
 def _own_split(dataset: Any) -> str:
     return str(dataset.split) if dataset.split is not None else "train"
 
@@ -109,7 +113,8 @@ def _open_named(source: str, split: str | None, name: str | None, revision: str 
     # `runs/data` beside an existing folder `runs` is a mistyped path: ask nobody about it
     if not _HUB_NAME.fullmatch(source) or path.parent.is_dir():
         raise UserError(f"data {source}: no such file or folder, and not a Hub name, which is `org/name`")
-    return _open_hub(source, split, name, revision)
+    found = load_from_hub(source, split, name=name, revision=revision)
+    return found if split is not None else _select(source, _each(found), None)
 
 
 def _data_suffix(path: Path) -> str:
@@ -122,9 +127,13 @@ def _data_suffix(path: Path) -> str:
 def _open_file(path: Path, split: str | None) -> Any:
     reader = _READERS.get(_data_suffix(path))
     if reader is None:
-        raise UserError(f"data {path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(_READERS)}")
+        raise UserError(
+            f"data {path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(_READERS)}"
+        )
     stem = path.name.split(".")[0].lower()
-    word = next((w for w in re.split(r"[^a-z]+", stem) if w in ("train", "test", "validation") or w in _ALIASES), "train")
+    word = next(
+        (w for w in re.split(r"[^a-z]+", stem) if w in ("train", "test", "validation") or w in _ALIASES), "train"
+    )
     own = _ALIASES.get(word, word)
     return _select(path, {own: lambda: _load(path, reader, [str(path)])}, split)
 
@@ -136,8 +145,13 @@ def _load(path: Path, reader: str, files: list[str], **options: Any) -> Any:
         options["sep"] = "\t"
     try:
         return datasets.load_dataset(reader, data_files={"train": files}, split="train", **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"data {path}: not readable as {reader} ({_reason(error)}); check the file") from error
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        raise UserError(f"data {path}: not readable as {reader} ({first_line(error)}); check the file") from error
 
 
 def _open_folder(path: Path, split: str | None) -> Any:
@@ -146,23 +160,23 @@ def _open_folder(path: Path, split: str | None) -> Any:
     try:
         if (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
-            return _select(path, {key: lambda key=key: splits[key] for key in splits}, split)
+            return _select(path, _each(splits), split)
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             dataset = datasets.load_from_disk(str(path))
             return _select(path, {_own_split(dataset): lambda: dataset}, split)
         builder = datasets.load_dataset_builder(str(path))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"data {path}: no data found in this folder ({_reason(error)}); expected files named by split "
+            f"data {path}: no data found in this folder ({first_line(error)}); expected files named by split "
             "(train.csv, ...), folders of images by class, or what save_to_disk wrote"
         ) from error
     files = builder.config.data_files or {}
     reader = type(builder).__module__.rsplit(".", 1)[-1]
     if reader not in _READERS.values():  # folders of images: all splits at once, so that their classes are the same
         splits = _load_all(path)
-        return _select(path, {key: lambda key=key: splits[key] for key in splits}, split)
+        return _select(path, _each(splits), split)
     # a split at a time: test files often lack the column of labels
-    opened = {str(key): lambda key=key: _load(path, reader, list(files[key])) for key in files}
+    opened: dict[str, Callable[[], Any]] = {str(key): partial(_load, path, reader, list(files[key])) for key in files}
     return _select(path, opened, split)
 
 
@@ -171,8 +185,13 @@ def _load_all(path: Path) -> Any:
 
     try:
         return datasets.load_dataset(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"data {path}: not readable ({_reason(error)}); check the folder") from error
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        raise UserError(f"data {path}: not readable ({first_line(error)}); check the folder") from error
 
 
 def _select(label: Any, splits: dict[str, Callable[[], Any]], split: str | None) -> Any:
@@ -189,8 +208,13 @@ def _select(label: Any, splits: dict[str, Callable[[], Any]], split: str | None)
     try:
         pieces = datasets.ReadInstruction.from_spec(spec).to_absolute({key: len(data) for key, data in opened.items()})
     except (ValueError, AssertionError) as error:
-        raise UserError(f"data {label}: cannot read the split {split!r} ({_reason(error)}); expected e.g. train[:10%]") from error
-    parts = [opened[p.splitname].select(range(p.from_ or 0, len(opened[p.splitname]) if p.to is None else p.to)) for p in pieces]
+        raise UserError(
+            f"data {label}: cannot read the split {split!r} ({first_line(error)}); expected e.g. train[:10%]"
+        ) from error
+    parts = [
+        opened[p.splitname].select(range(p.from_ or 0, len(opened[p.splitname]) if p.to is None else p.to))
+        for p in pieces
+    ]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
@@ -204,42 +228,3 @@ def _split_name(label: Any, part: str, splits: Iterable[str]) -> str:
         if name in splits:
             return name
     raise UserError(f"data {label}: no split {wanted!r}; expected one of {', '.join(splits)}")
-
-
-def _open_hub(source: str, split: str | None, name: str | None, revision: str | None) -> Any:
-    import datasets
-
-    _check_reachable(source, revision)
-    try:
-        if split is None:
-            splits = datasets.load_dataset(source, name, revision=revision)
-            return _select(source, {key: lambda key=key: splits[key] for key in splits}, None)
-        return datasets.load_dataset(source, name, revision=revision, split=split)
-    except UserError:
-        raise
-    except Exception as error:  # transport errors share no public base class
-        raise UserError(f"data {source}: the Hub gave no split {split!r} of it ({_reason(error)})") from error
-
-
-def _check_reachable(source: str, revision: str | None) -> None:
-    """Ask the Hub once: `load_dataset` on its own takes half a minute of retries to find no network."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    cached = (Path(datasets.config.HF_DATASETS_CACHE) / source.replace("/", "___")).is_dir()
-    try:
-        HfApi().dataset_info(source, revision=revision, timeout=10)
-    except Exception as error:
-        if cached and (isinstance(error, OfflineModeIsEnabled) or not isinstance(error, HfHubHTTPError)):
-            return
-        raise UserError(
-            f"data {source}: no such file or folder here, and the Hub gave no such data set ({_reason(error)})"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None and "generating the dataset" in str(error):
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

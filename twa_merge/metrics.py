@@ -23,7 +23,9 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
 """What is reported when no metric is named, by problem type of a classification or by task."""
 
 OFFLINE = ("accuracy", "f1", "mse", "exact_match", "bleu", "perplexity")
-_LOWER_IS_BETTER = frozenset({"mse", "mae", "mape", "mase", "smape", "rmse", "perplexity", "wer", "cer", "ter", "brier_score"})
+_LOWER_IS_BETTER = frozenset(
+    {"mse", "mae", "mape", "mase", "smape", "rmse", "perplexity", "wer", "cer", "ter", "brier_score"}
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def _from_evaluate(name: str) -> Metric:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         near = difflib.get_close_matches(name, OFFLINE, n=1)
         hint = f"did you mean {near[0]}?" if near else f"these always work: {', '.join(OFFLINE)}"
-        raise UserError(f"metric {name}: `evaluate` cannot load it ({type(error).__name__}: {reason}); {hint}") from error
+        raise UserError(
+            f"metric {name}: `evaluate` cannot load it ({type(error).__name__}: {reason}); {hint}"
+        ) from error
     key = script.stem if is_path else name
 
     def compute(predictions: list[Any], references: list[Any]) -> float:
@@ -170,11 +174,15 @@ def _check_bare_name(name: str) -> None:
         )
     for local in (Path(name), Path(f"{name}.py")):
         if local.exists():  # evaluate would run it, before it asks the Hub
-            raise UserError(f"metric {name}: {local} in this folder would be run in its place; write ./{local} if you mean it")
+            raise UserError(
+                f"metric {name}: {local} in this folder would be run in its place; write ./{local} if you mean it"
+            )
 
 
 def _number(name: str, result: Mapping[str, Any]) -> float:
     numbers = {key: value for key, value in result.items() if isinstance(value, (int, float, np.number))}
     if not numbers:
-        raise UserError(f"metric {name}: expected a number, got {', '.join(result)}; it cannot be reported as one value")
+        raise UserError(
+            f"metric {name}: expected a number, got {', '.join(result)}; it cannot be reported as one value"
+        )
     return float(numbers.get(name, next(iter(numbers.values()))))

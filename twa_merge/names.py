@@ -1,4 +1,4 @@
-"""Names on disk -> names in the module: renamings, conversions on load, and tied weights, by transformers' own tables."""
+"""Names on disk -> names in the module: renamings, conversions on load and ties, by transformers' own tables."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _load(module: nn.Module, names: list[str]) -> dict[str, tuple[tuple[str, ...
         other, other_pattern = claimed.setdefault(target, (name, pattern))
         if (pattern is None) != (other_pattern is None):
             raise UserError(
-                f"parameter {target!r} is on disk twice, whole and in parts ({other!r} and {name!r}); remove one of them"
+                f"parameter {target!r} is on disk twice, whole and in parts ({other!r}, {name!r}); remove one of them"
             )
         if pattern is None:
             if other == name:  # of two spellings the first is loaded, the other ignored
@@ -176,7 +176,7 @@ def _expand(target: str, pattern: str, converters: list[Any], state: Mapping[str
 
 def _ties(module: nn.Module) -> dict[str, str]:
     """Return alias -> source for every tensor that the module holds under several names."""
-    state = dict(module.named_parameters(remove_duplicate=False))
+    state: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
     state.update(module.named_buffers(remove_duplicate=False))
     declared: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
     shared: dict[int, list[str]] = {}

@@ -81,7 +81,9 @@ def require_rows(dataset: Any) -> Any:
         UserError: it is empty, or a stream.
     """
     if not hasattr(dataset, "__len__"):
-        raise UserError(f"data: expected a dataset with a length, got {type(dataset).__name__}; streams are not supported")
+        raise UserError(
+            f"data: expected a dataset with a length, got {type(dataset).__name__}; streams are not supported"
+        )
     if len(dataset) == 0:
         raise UserError("data: the dataset is empty; expected at least one row")
     return dataset
@@ -92,7 +94,9 @@ def plain_rows(dataset: Any, columns: Mapping[str, str]) -> Any:
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
-        raise UserError(f"data: expected a datasets.Dataset, got {type(dataset).__name__}; open it with open_split first")
+        raise UserError(
+            f"data: expected a datasets.Dataset, got {type(dataset).__name__}; open it with open_split first"
+        )
     dataset = require_rows(dataset).with_format(None)
     if any("." in name and name not in dataset.column_names for name in columns.values()):
         dataset = dataset.flatten()

@@ -40,7 +40,12 @@ _CACHE_BYTES = 1 << 30
 
 
 def text_classification(
-    tokenizer: Any, labels: LabelSpace, *, max_length: int | None, columns: Mapping[str, str], metrics: tuple[Metric, ...]
+    tokenizer: Any,
+    labels: LabelSpace,
+    *,
+    max_length: int | None,
+    columns: Mapping[str, str],
+    metrics: tuple[Metric, ...],
 ) -> Task:
     """Return the task of classifying texts, or pairs of texts, cut to `max_length` tokens."""
     what = "text-classification"
@@ -91,7 +96,13 @@ class ImageFeatures:
     """
 
     def __init__(
-        self, dataset: Any, column: str, labels: Sequence[Any], processor: Any, mode: str, cache_bytes: int = _CACHE_BYTES
+        self,
+        dataset: Any,
+        column: str,
+        labels: Sequence[Any],
+        processor: Any,
+        mode: str,
+        cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         self.dataset, self.column, self.labels, self.processor, self.mode = dataset, column, labels, processor, mode
         self._free = cache_bytes
@@ -119,7 +130,9 @@ class ImageFeatures:
             pixels: Tensor = self.processor(images=value.convert(self.mode), return_tensors="pt")["pixel_values"][0]
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise UserError(f"image-classification: image of row {index} in column {self.column!r}: {reason}") from error
+            raise UserError(
+                f"image-classification: image of row {index} in column {self.column!r}: {reason}"
+            ) from error
         return pixels
 
 
@@ -152,7 +165,9 @@ def _tokenize(dataset: Any, tokenizer: Any, columns: Sequence[str], max_length: 
     def encode(rows: dict[str, list[str]], indices: list[int]) -> dict[str, Any]:
         for column in columns:
             check_tokens(rows[column], indices, column=column, what=what)
-        encoded = tokenizer(*(rows[column] for column in columns), truncation=max_length is not None, max_length=max_length)
+        encoded = tokenizer(
+            *(rows[column] for column in columns), truncation=max_length is not None, max_length=max_length
+        )
         check_tokens(encoded["input_ids"], indices, column=columns[0], what=what)
         return dict(encoded)
 

@@ -42,7 +42,9 @@ def causal_lm(tokenizer: Any, *, block_size: int, columns: Mapping[str, str], me
         check_text(dataset, column, what=what)
         tokens = _running_tokens(dataset, column, tokenizer)
         if len(tokens) < 2:
-            raise UserError(f"{what}: column {column!r} gives {len(tokens)} tokens in all, expected at least 2; is it empty?")
+            raise UserError(
+                f"{what}: column {column!r} gives {len(tokens)} tokens in all, expected at least 2; is it empty?"
+            )
         size = min(block_size, len(tokens))
         return TokenBlocks(torch.from_numpy(tokens[: len(tokens) // size * size].reshape(-1, size)))
 
@@ -117,7 +119,7 @@ class TokenBlocks:
 
 
 def logits_of_tokens(outputs: Any) -> Tensor:
-    """Return logits (B, T, V) in their own dtype: in float32 a whole batch of them can be the largest tensor of a run."""
+    """Return logits (B, T, V) in their own dtype: a batch of them in float32 can be the largest tensor of a run."""
     if isinstance(outputs, Mapping):
         logits: Tensor = outputs["logits"]
         return logits

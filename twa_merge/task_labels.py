@@ -94,7 +94,9 @@ class LabelSpace:
         if isinstance(value, str):
             return self._named_class(value, where)
         if isinstance(value, float) and not value.is_integer():
-            raise UserError(f"{where}: expected a class number, got {value}; for a regression set problem_type to {REGRESSION}")
+            raise UserError(
+                f"{where}: expected a class number, got {value}; for a regression set problem_type to {REGRESSION}"
+            )
         if not 0 <= value < len(self.names):
             hint = "; -1 often marks a split without labels" if value == -1 else ""
             raise UserError(
@@ -115,12 +117,12 @@ class LabelSpace:
 
     def _flags(self, value: Any, where: str) -> list[float]:
         if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list of labels, got {value!r}; for one label a sample set problem_type to {SINGLE}")
+            raise UserError(
+                f"{where}: expected a list of labels, got {value!r}; for one label set problem_type to {SINGLE}"
+            )
         if any(isinstance(item, float) for item in value):
             if len(value) != len(self.names) or not all(0 <= item <= 1 for item in value):
-                raise UserError(
-                    f"{where}: expected {len(self.names)} numbers between 0 and 1, got {str(value)[:80]}"
-                )
+                raise UserError(f"{where}: expected {len(self.names)} numbers between 0 and 1, got {str(value)[:80]}")
             return [float(item) for item in value]
         flags = [0.0] * len(self.names)
         for item in value:

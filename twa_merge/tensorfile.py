@@ -108,14 +108,16 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
     return entry
 
 
-def read_range(file: BinaryIO, entry: Entry, first: int, count: int) -> Tensor:
-    """Return elements `first .. first + count` of a tensor, flat, in its own dtype.
+def read_range(file: BinaryIO, entry: Entry, first: int, out: Tensor) -> None:
+    """Read elements `first ..` of a tensor into `out`, a contiguous tensor of its dtype.
 
     Args:
         file: the tensor's file, opened unbuffered for reading.
     """
-    data = torch.empty(count, dtype=entry.dtype)
-    view = memoryview(data.view(torch.uint8).numpy()) if count else memoryview(b"")
+    assert out.dtype == entry.dtype
+    if not out.numel():
+        return
+    view = memoryview(out.view(-1).view(torch.uint8).numpy())
     file.seek(entry.start + first * entry.dtype.itemsize)
     done = 0
     while done < len(view):
@@ -123,13 +125,19 @@ def read_range(file: BinaryIO, entry: Entry, first: int, count: int) -> Tensor:
         if not got:
             raise UserError(f"{entry.file}: file ended while it was being read; did it change meanwhile?")
         done += got
-    return data
 
 
 def read_tensor(entry: Entry) -> Tensor:
     """Return one whole tensor in its own dtype and shape."""
+    return read_head(entry, entry.numel).view(entry.shape)
+
+
+def read_head(entry: Entry, count: int) -> Tensor:
+    """Return the first `count` elements of a tensor, flat."""
+    out = torch.empty(count, dtype=entry.dtype)
     with entry.file.open("rb", buffering=0) as file:
-        return read_range(file, entry, 0, entry.numel).view(entry.shape)
+        read_range(file, entry, 0, out)
+    return out
 
 
 class TensorFileWriter:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -178,18 +177,11 @@ def _write_shard(
     shard: list[PlannedTensor], labels: tuple[str, ...], path: Path, advance: Callable[[int], None]
 ) -> None:
     declared = {item.source.name: (item.dtype, item.source.entries[0].shape) for item in shard}
-    with ExitStack() as stack:
-        files: dict[Path, BinaryIO] = {}
-
-        def opened(entry: Entry) -> BinaryIO:
-            if entry.file not in files:
-                files[entry.file] = stack.enter_context(entry.file.open("rb", buffering=0))
-            return files[entry.file]
-
+    with _Mixer(labels) as mixer:
         writer = TensorFileWriter(path, declared)
         try:
             for item in shard:
-                for tile in _tiles(item, labels, opened):
+                for tile in mixer.tiles(item):
                     writer.append(tile)
                     advance(tile.numel() * tile.dtype.itemsize)
         except BaseException:
@@ -198,50 +190,75 @@ def _write_shard(
         writer.close()
 
 
-def _tiles(item: PlannedTensor, labels: tuple[str, ...], opened: Callable[[Entry], BinaryIO]) -> Iterator[Tensor]:
-    if item.value is not None:
-        yield item.value.to(item.dtype)
-        return
-    entries = item.source.entries
-    members = [(k, float(w)) for k, w in enumerate(item.weights_N) if w != 0]
-    for first in range(0, entries[0].numel, TILE):
-        count = min(TILE, entries[0].numel - first)
-        parts = {k: read_range(opened(entries[k]), entries[k], first, count) for k, _ in members}
-        if not item.source.is_float:
-            (only,) = parts.values()
-            if item.must_be_equal:
-                _require_equal(item.source, only, first, labels, opened)
-            yield only.to(item.dtype)
-            continue
-        merged = mix(parts, members)
-        if not torch.isfinite(merged.sum()):
-            _name_non_finite(item.source, parts, labels)
-        yield merged.to(item.dtype)
+class _Mixer:
+    """Merges one tensor after another, tile by tile, in buffers that are made once."""
 
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        self.labels = labels
+        self._files: dict[Path, BinaryIO] = {}
+        self._raw = torch.empty(TILE * 8, dtype=torch.uint8)
+        self._part = torch.empty(TILE, dtype=torch.float64)
+        self._total = torch.empty(TILE, dtype=torch.float64)
+        self._out = torch.empty(TILE * 8, dtype=torch.uint8)
 
-def mix(parts: dict[int, Tensor], members: list[tuple[int, float]]) -> Tensor:
-    """Return the float64 sum of weight times part, in the order of the checkpoints; a single part as it is."""
-    if len(members) == 1 and members[0][1] == 1:
-        return parts[members[0][0]]
-    total = torch.zeros_like(parts[members[0][0]], dtype=torch.float64)
-    for k, weight in members:
-        total.add_(parts[k], alpha=weight)
-    return total
+    def __enter__(self) -> _Mixer:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
 
-def _require_equal(
-    tensor: SoupTensor, value: Tensor, first: int, labels: tuple[str, ...], opened: Callable[[Entry], BinaryIO]
-) -> None:
-    for label, entry in zip(labels, tensor.entries, strict=True):
-        other = read_range(opened(entry), entry, first, value.numel())
-        if not torch.equal(other.to(value.dtype), value):
-            raise UserError(f"integer tensor {tensor.name!r} differs in {label}: integers have no average")
+    def tiles(self, item: PlannedTensor) -> Iterator[Tensor]:
+        """Yield the merged tensor in flat pieces; a piece is valid until the next one is asked for."""
+        if item.value is not None:
+            yield item.value.to(item.dtype)
+            return
+        entries = item.source.entries
+        members = [(k, float(w)) for k, w in enumerate(item.weights_N) if w != 0]
+        for first in range(0, entries[0].numel, TILE):
+            count = min(TILE, entries[0].numel - first)
+            if len(members) == 1 and members[0][1] == 1:
+                yield self._copied(item, members[0][0], first, count)
+                continue
+            merged = self._merged(item.source, members, first, count)
+            yield self._out[: count * item.dtype.itemsize].view(item.dtype).copy_(merged)
 
+    def _read(self, entry: Entry, first: int, count: int) -> Tensor:
+        if entry.file not in self._files:
+            self._files[entry.file] = entry.file.open("rb", buffering=0)
+        out = self._raw[: count * entry.dtype.itemsize].view(entry.dtype)
+        read_range(self._files[entry.file], entry, first, out)
+        return out
 
-def _name_non_finite(tensor: SoupTensor, parts: dict[int, Tensor], labels: tuple[str, ...]) -> None:
-    for k, part in parts.items():
-        if not torch.isfinite(part).all():
-            raise UserError(f"{labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out")
+    def _merged(self, tensor: SoupTensor, members: list[tuple[int, float]], first: int, count: int) -> Tensor:
+        """Return the float64 sum of weight times value, in the order of the checkpoints."""
+        total, part = self._total[:count].zero_(), self._part[:count]
+        for k, weight in members:
+            total.add_(part.copy_(self._read(tensor.entries[k], first, count)), alpha=weight)
+        if not torch.isfinite(total.sum()):
+            for k, _ in members:
+                self._require_finite(tensor, k, self._read(tensor.entries[k], first, count))
+        return total
+
+    def _copied(self, item: PlannedTensor, k: int, first: int, count: int) -> Tensor:
+        value = self._read(item.source.entries[k], first, count).to(item.dtype)
+        if item.must_be_equal:
+            value = value.clone()  # the buffer is read into again
+            self._require_equal(item.source, value, first)
+        elif item.source.is_float and not torch.isfinite(value.sum()):
+            self._require_finite(item.source, k, value)
+        return value
+
+    def _require_equal(self, tensor: SoupTensor, value: Tensor, first: int) -> None:
+        for label, entry in zip(self.labels, tensor.entries, strict=True):
+            if not torch.equal(self._read(entry, first, value.numel()).to(value.dtype), value):
+                raise UserError(f"integer tensor {tensor.name!r} differs in {label}: integers have no average")
+
+    def _require_finite(self, tensor: SoupTensor, k: int, value: Tensor) -> None:
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{self.labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out"
+            )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,49 @@
+"""Data sets from the Hub, with failures that come soon and in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twa_merge.errors import UserError
+
+
+def load_from_hub(source: str, split: str | None, *, name: str | None, revision: str | None) -> Any:
+    """Return a split of a data set on the Hub (all splits for None); nothing in its repository is run.
+
+    Raises:
+        UserError: no such data set or split, no access, or no network and nothing in the cache.
+    """
+    import datasets
+
+    _check_reachable(source, revision)
+    try:
+        return datasets.load_dataset(source, name, revision=revision, split=split)
+    except Exception as error:  # transport errors share no public base class
+        wanted = "it" if split is None else f"its split {split!r}"
+        raise UserError(f"data {source}: the Hub did not give {wanted} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error as one line; of "error while generating", the cause."""
+    while error.__cause__ is not None and "generating the dataset" in str(error):
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _check_reachable(source: str, revision: str | None) -> None:
+    """Ask the Hub once: `load_dataset` on its own takes half a minute of retries to find no network."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    cached = (Path(datasets.config.HF_DATASETS_CACHE) / source.replace("/", "___")).is_dir()
+    try:
+        HfApi().dataset_info(source, revision=revision, timeout=10)
+    except Exception as error:  # transport errors share no public base class
+        if cached and (isinstance(error, OfflineModeIsEnabled) or not isinstance(error, HfHubHTTPError)):
+            return
+        raise UserError(
+            f"data {source}: no such file or folder here, and the Hub gave no such data set ({first_line(error)})"
+        ) from error
