@@ -181,7 +181,8 @@ def test_equal_configs_load_no_model_library(tmp_path: Path) -> None:
     a, b = folders(tmp_path, BERT, {**BERT, "hidden_dropout_prob": 0.3})
     code = (
         "import sys; from pathlib import Path; from twa_merge.configs import compare_configs; "
-        f"compare_configs(Path({str(a)!r}), Path({str(b)!r})); assert not {{'torch', 'transformers'}} & set(sys.modules)"
+        f"compare_configs(Path({str(a)!r}), Path({str(b)!r})); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 

@@ -115,7 +115,9 @@ def test_image_folder(tmp_path, split):
                 continue
             (tmp_path / "images" / part / name).mkdir(parents=True)
             for i in range(2):
-                Image.fromarray(np.full((8, 8, 3), grey + i, np.uint8)).save(tmp_path / "images" / part / name / f"{i}.png")
+                Image.fromarray(np.full((8, 8, 3), grey + i, np.uint8)).save(
+                    tmp_path / "images" / part / name / f"{i}.png"
+                )
     found = open_split(tmp_path / "images", split)
     assert found.features["label"].names == ["bird", "cat", "dog"]
     assert found["label"][:] == ([0, 0] if split is None else []) + [1, 1, 2, 2]
@@ -139,7 +141,7 @@ def test_hub_failures_are_soon_and_one_line(monkeypatch):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
-    with pytest.raises(UserError, match="data some-org/none: .* the Hub gave no such data set") as caught:
+    with pytest.raises(UserError, match=r"data some-org/none: .* the Hub gave no such data set") as caught:
         open_split("some-org/none", "train")
     assert "\n" not in str(caught.value) and "no network" in str(caught.value)
 
@@ -167,7 +169,7 @@ def test_broken_empty_and_unreadable(tmp_path):
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(UserError, match=r"empty\.csv.*"):
         open_split(tmp_path / "empty.csv")
-    with pytest.raises(UserError, match="split train.* is empty"):
+    with pytest.raises(UserError, match=r"split train.* is empty"):
         open_split(datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})}), "train")
     (tmp_path / "book.docx").write_text("x")
     with pytest.raises(UserError, match=r"book\.docx: cannot read \.docx; expected \.csv, \.tsv"):
@@ -200,7 +202,7 @@ def test_division_depends_on_the_seed_and_refuses_too_little():
     assert [len(part) for part in split_indices(600)[0]] == [400, 200]
     assert [len(part) for part in split_indices(2000)[0]] == [1600, 400]
     assert len(split_indices(599)) == 5
-    with pytest.raises(UserError, match="9 held-out samples are too few.*at least 10"):
+    with pytest.raises(UserError, match=r"9 held-out samples are too few.*at least 10"):
         split_indices(9)
-    with pytest.raises(UserError, match="select_fraction.*1.5"):
+    with pytest.raises(UserError, match=r"select_fraction.*1.5"):
         split_indices(100, select_fraction=1.5)

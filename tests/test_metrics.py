@@ -109,7 +109,7 @@ def test_a_script_is_run_when_named_as_a_path(tmp_path, monkeypatch):
         pytest.skip(f"evaluate cannot be imported here: {error}")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "halves.py").write_text(
-        "import datasets, evaluate\n"
+        "import datasets\nimport evaluate\n"
         "class Halves(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = datasets.Features({'predictions': datasets.Value('int64'),"

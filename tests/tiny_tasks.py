@@ -2,7 +2,10 @@
 
 import torch
 
-WORDS = "the a cat dog sat ran on mat good bad very is was not film great dull and but so".split()
+WORDS = [
+    *("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "good", "bad"),
+    *("very", "is", "was", "not", "film", "great", "dull", "and", "but", "so"),
+]
 
 
 def save_tokenizer(folder, *, eos=True, pad=True, max_length=64):
@@ -18,7 +21,9 @@ def save_tokenizer(folder, *, eos=True, pad=True, max_length=64):
         )
     options = {"eos_token": "</s>"} if eos else {}
     options |= {"pad_token": "[PAD]"} if pad else {}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=max_length, **options)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=max_length, **options
+    )
     fast.model_input_names = ["input_ids", "attention_mask"]
     fast.save_pretrained(folder)
     return fast

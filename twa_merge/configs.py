@@ -50,7 +50,9 @@ def compare_configs(first: Path, other: Path) -> list[str]:
     if any(_functional(key, *values) for key, values in found.items()):
         # transformers is loaded only here: equal configs need no model library
         x, y = _normalized(a, first), _normalized(b, other)
-        compared = _differences(x, y) if x is not None and y is not None else found
+        compared = found
+        if x is not None and y is not None:  # every default is filled in: null and missing mean the same
+            compared = {k: v for k, v in _differences(x, y).items() if not all(u in (None, _MISSING) for u in v)}
         functional = {key: values for key, values in compared.items() if _functional(key, *values)}
         if functional:
             raise UserError(_refusal(functional, first, other))

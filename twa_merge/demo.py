@@ -83,7 +83,7 @@ def make_soup(folder: Path, seed: int) -> None:
     with tqdm(total=NUM_MEMBERS + 1, desc="making checkpoints", disable=None) as bar:
         torch.manual_seed(seed)
         model = _new_vit()
-        _train(model, train, folder / "trainer", seed, {"learning_rate": 2e-3, "epochs": 12, "weight_decay": 0.05})
+        _train(model, train, folder / "trainer", seed, {"learning_rate": 2e-3, "epochs": 40, "weight_decay": 0.05})
         _save(model, processor, folder / "pretrained")
         bar.update()
         for k, choice in enumerate(choices):
@@ -129,7 +129,7 @@ def _new_vit() -> Any:
 
     names = {d: str(d) for d in range(10)}
     config = ViTConfig(
-        image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
+        image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
         id2label=names, label2id={name: d for d, name in names.items()},
     )  # fmt: skip
     return ViTForImageClassification(config)
@@ -142,8 +142,8 @@ def _hyper_parameters(generator: torch.Generator) -> dict[str, Any]:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     return {
-        "learning_rate": 10 ** uniform(-3.7, -2.4),
-        "epochs": round(uniform(3, 10)),
+        "learning_rate": 10 ** uniform(-4.0, -2.5),
+        "epochs": round(uniform(4, 12)),
         "weight_decay": 10 ** uniform(-3, -0.7),
         "label_smoothing": uniform(0, 0.1),
         "share": uniform(0.5, 1.0),
@@ -152,7 +152,7 @@ def _hyper_parameters(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _train(model: Any, train: list[dict[str, Any]], scratch: Path, seed: int, choice: dict[str, Any]) -> None:
-    from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
     generator = torch.Generator().manual_seed(seed)
     kept = torch.randperm(len(train), generator=generator)[: round(choice.get("share", 1.0) * len(train))]
@@ -181,7 +181,9 @@ def _train(model: Any, train: list[dict[str, Any]], scratch: Path, seed: int, ch
         use_cpu=True,
     )
     subset = torch.utils.data.Subset(train, kept.tolist())  # type: ignore[arg-type, var-annotated]
-    Trainer(model=model, args=arguments, train_dataset=subset, data_collator=collate).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=subset, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def _save(model: Any, processor: Any, folder: Path) -> None:

@@ -149,7 +149,7 @@ def _from_evaluate(name: str) -> Metric:
     try:
         import evaluate
 
-        module = evaluate.load(str(script) if is_path else name)
+        module = evaluate.load(str(script.resolve()) if is_path else name)
     except Exception as error:  # evaluate raises whatever its imports, the network or the script raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         near = difflib.get_close_matches(name, OFFLINE, n=1)

@@ -176,14 +176,16 @@ class _Job:
             self.folds = [(everything, everything)]
 
     def prepare(self, given: Any, split: str | None) -> Any:
-        """Return features of a split; data sets that are not of `datasets` are features already."""
+        """Return features of a split; a data set that is not of `datasets` holds features already."""
         assert self.task is not None
         source = given if given is not None else self.recipe.data.path
         if source is None:
             raise UserError("data: none given")
         if isinstance(source, str | Path) or type(source).__module__.startswith("datasets."):
-            source = open_split(source, split, name=self.recipe.data.name)
-        return self.task.prepare(source)
+            return self.task.prepare(open_split(source, split, name=self.recipe.data.name))
+        if len(source) == 0:
+            raise UserError("data: the data set is empty")
+        return source
 
     def build_model(self) -> None:
         learn_config = self.recipe.learn

@@ -108,7 +108,7 @@ def find_columns(dataset: Any, layouts: Layouts, named: Mapping[str, str], *, wh
 
     Args:
         dataset: a `datasets.Dataset`.
-        layouts: their first role is required.
+        layouts: a role that all of them have is required.
         named: role -> column as the user says; roles of other layouts are ignored.
         what: of the task, for messages.
     """
@@ -119,7 +119,7 @@ def find_columns(dataset: Any, layouts: Layouts, named: Mapping[str, str], *, wh
         if column not in dataset.column_names:
             raise UserError(f"{what}: no column {column!r} for {role}; {present}")
     if chosen:
-        missing = [role for role in layouts[0] if role not in chosen]
+        missing = [role for role in roles if role not in chosen and all(role in layout for layout in layouts)]
         if missing:
             raise UserError(f"{what}: no column named for {missing[0]}; {present}; name it as `columns.{missing[0]}`")
         return chosen
