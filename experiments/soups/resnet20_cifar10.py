@@ -19,12 +19,12 @@ def draw(generator: np.random.Generator) -> dict[str, Any]:
     """Draw what a sweep would try."""
     return {
         "lr": float(10 ** generator.uniform(-3.5, -1)),
-        "epochs": int(generator.integers(1, 4)),
+        "epochs": int(generator.integers(1, 3)),
         "batch": int(generator.choice([64, 128])),
         "weight_decay": float(10 ** generator.uniform(-4.5, -3)),
         "label_smoothing": float(generator.uniform(0, 0.1)),
         "augment": bool(generator.random() < 0.7),
-        "share": float(generator.uniform(0.3, 1.0)),
+        "share": float(generator.uniform(0.15, 0.5)),
         "seed": int(generator.integers(1 << 30)),
     }
 
