@@ -105,7 +105,9 @@ def cifar10(args: argparse.Namespace) -> Iterator[Trial]:
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         half = len(rows) // 2
         held_out, test = Subset(rows, order[:half]), Subset(rows, order[half:])
-        yield Trial(f"cifar10-{seed}", checkpoints, task, held_out, None if args.development else test, seed, ResNet20())
+        yield Trial(
+            f"cifar10-{seed}", checkpoints, task, held_out, None if args.development else test, seed, ResNet20()
+        )
 
 
 def wikitext(args: argparse.Namespace) -> Iterator[Trial]:
@@ -139,9 +141,11 @@ def run_trial(trial: Trial, overrides: dict[str, Any], *, rivals: bool) -> dict[
                 tested[candidate.name] = candidate.test
         learned = next(c for c in result.league if c.learned)
         rows[learned.name] |= {"shipped": result.verdict.winner.name, "seconds": sum(result.seconds.values())}
-        rows[learned.name]["best_steps"] = [run.best_step for run in result.learned]
+        rows[learned.name]["best_step"] = result.best_step
         if learned.test is not None:
-            best = min((c for c in result.league if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value)
+            best = min(
+                (c for c in result.league if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value
+            )
             gap = paired_difference(result.verdict.winner.test, best.test)
             rows[learned.name]["shipped_minus_best_baseline"] = [gap.value, gap.standard_error]
     if rivals and trial.test is not None:
@@ -226,7 +230,7 @@ def main() -> None:
         found["trials"][trial.name] = rows
         for name, row in rows.items():
             parts = {part: f"{row[part]['loss'][0]:.4f}" for part in ("select", "test") if part in row}
-            print(trial.name, f"{name:24s}", parts, row.get("best_steps", ""), flush=True)
+            print(trial.name, f"{name:24s}", parts, row.get("best_step", ""), flush=True)
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,3 +1,5 @@
+import socket
+
 import datasets
 import numpy as np
 import pytest
@@ -154,24 +156,31 @@ def test_any_number_of_processes_gives_the_same(monkeypatch, num_processes):
     assert found.predictions == expected.predictions and found.references == expected.references
 
 
-def _in_each_process(path):
+def _in_each_process(rank, path):
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "yes"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (path / "port").read_text(), "OMP_NUM_THREADS": "1"}
     from accelerate import Accelerator
 
     module, data, _, _ = plain()
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     found = evaluate(module, data, module_task(functional.cross_entropy), batch_size=5, accelerator=accelerator)
-    np.save(f"{path}/{accelerator.process_index}.npy", found.losses_S)
+    np.save(path / f"{rank}.npy", found.losses_S)
+    accelerator.end_training()
 
 
 def test_two_real_processes(tmp_path):
-    from accelerate import debug_launcher
-
-    debug_launcher(_in_each_process, args=(str(tmp_path),), num_processes=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    # spawned, not forked as by accelerate's debug_launcher: a fork after OpenMP has run can hang
+    torch.multiprocessing.spawn(_in_each_process, args=(tmp_path,), nprocs=2)
     module, data, _, _ = plain()
     expected = evaluate(module, data, module_task(functional.cross_entropy), batch_size=5).losses_S
-    for index in range(2):
-        np.testing.assert_array_equal(np.load(tmp_path / f"{index}.npy"), expected)
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-6)
 
 
 def test_subset():

@@ -23,7 +23,10 @@ BATCHES = {
     "llama_tied": {"input_ids": TOKENS, "labels": TOKENS},
     "t5": {"input_ids": TOKENS, "labels": TOKENS},
     "bert": {"input_ids": TOKENS, "labels": torch.tensor([0, 1, 0])},
-    "vit": {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 16 * 16).view(3, 3, 16, 16), "labels": torch.tensor([0, 1, 0])},
+    "vit": {
+        "pixel_values": torch.linspace(-1, 1, 3 * 3 * 16 * 16).view(3, 3, 16, 16),
+        "labels": torch.tensor([0, 1, 0]),
+    },
 }
 
 

@@ -110,15 +110,13 @@ def test_decoders_classify_in_batches_though_the_config_names_no_padding(tmp_pat
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_classification_has_the_loss_of_the_model(tmp_path, channels):
-    if channels == 1:
-        pytest.skip("see test_grey_images")
-    save_vit(tmp_path, num_labels=3)
+    save_vit(tmp_path, num_labels=3, num_channels=channels)
     task, module = build_task("image-classification", tmp_path), load_module("image-classification", tmp_path)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(256, size=(20, 24), dtype=np.uint8)) for _ in range(5)]
     data = datasets.Dataset.from_dict({"img": images, "label": [0, 1, 2, 1, 0]}).cast_column("img", datasets.Image())
     batch = first_batch(task, data)
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+    assert batch["pixel_values"].shape == (4, channels, 16, 16)
     check_loss(task, module, batch)
     features = task.prepare(data)
     assert features[1]["pixel_values"] is features[1]["pixel_values"]  # kept, as every candidate reads all images

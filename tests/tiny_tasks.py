@@ -43,7 +43,8 @@ def save_bert(folder, **options):
 def save_vit(folder, **options):
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    half = [0.5] * options.get("num_channels", 3)
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=half, image_std=half).save_pretrained(folder)
     config = ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         **options,

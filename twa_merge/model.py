@@ -84,12 +84,16 @@ class MergedModel(nn.Module):
             self.twa_coefficients.copy_(shares * inverse)
         self.refresh()
 
-    @torch.no_grad()
     def mixing_weights(self) -> MixingWeights:
         """Return the current coefficients as a table, `w_k = a_k + (1 - sum(a)) / N`."""
+        return MixingWeights(self.table_GN(), self.basis.groups, self.checkpoints)
+
+    @torch.no_grad()
+    def table_GN(self) -> Tensor:
+        """Return the (G, N) float64 mixing weights of the current coefficients, unchecked."""
         shares = torch.zeros_like(self.basis.norms)
         shares[self._active] = self.twa_coefficients.detach().double().cpu() * self._scale
-        return MixingWeights(self.basis.shares_to_weights(shares), self.basis.groups, self.checkpoints)
+        return self.basis.shares_to_weights(shares)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -99,7 +103,7 @@ class MergedModel(nn.Module):
         """
         now = self.twa_coefficients.detach()
         if self._combined is None or self._combined.device != now.device or not torch.equal(now, self._combined):
-            self._combine(self.mixing_weights().table)
+            self._combine(self.table_GN())
             _hide(self, _combined=now.clone())
 
     def _combine(self, table_GN: Tensor) -> None:

@@ -75,7 +75,7 @@ def summary(result: Result) -> dict[str, Any]:
         "samples": {"fit": len(result.folds[0][0]), "select": sum(len(part) for _, part in result.folds)},
         "league": [_candidate(c, baseline) for c in result.league],
         "curves": [run.curve for run in result.learned],
-        "best_steps": [run.best_step for run in result.learned],
+        "best_step": result.best_step,
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from twa_merge.mixing import MixingWeights
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.tasks import Task, module_task
-from twa_merge.training import Learned, learn
+from twa_merge.training import Learned, best_evaluation, learn
 from twa_merge.writer import output_dtype, write
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Result:
     verdict: Verdict
     learned: list[Learned]
     """A training run for each fold."""
+    best_step: int
+    """The step whose tables are used, the same in all folds."""
     folds: league.Folds
     warnings: list[str]
     seconds: dict[str, float]
@@ -127,14 +130,26 @@ class _Job:
         self.stage("data", self.open_data)
         self.stage("basis", self.build_model)
         candidates = self.stage("baselines", self.score_baselines)
-        learned = self.stage("learning", self.learn_folds)
+        try:
+            learned = self.stage("learning", self.learn_folds)
+        except UserError:  # its state is of no use: only other settings will help
+            self.drop_state()
+            raise
         candidates.append(self.stage("scoring", lambda: self.learned_candidate(learned)))
         verdict = league.choose(candidates, self.recipe.margin)
         if self.test is not None:
             self.stage("test", lambda: self.score_test(candidates))
         weights = self.scorer.with_statistics(verdict.winner.weights)
         result = Result(
-            weights, candidates, verdict, learned, self.folds, self.warnings, self.seconds, output=self.output
+            weights=weights,
+            league=candidates,
+            verdict=verdict,
+            learned=learned,
+            best_step=self.best_step,
+            folds=self.folds,
+            warnings=self.warnings,
+            seconds=self.seconds,
+            output=self.output,
         )
         if self.output is not None:
             self.stage("writing", lambda: self.write(result))
@@ -285,9 +300,14 @@ class _Job:
 
     def learned_candidate(self, learned: list[Learned]) -> Candidate:
         before = self.scorer.passes
-        selects = [self.scorer(run.weights).subset(part) for run, (_, part) in zip(learned, self.folds, strict=True)]
-        table = torch.stack([run.weights.table for run in learned]).mean(dim=0)
-        weights = replace(learned[0].weights, table=table)
+        best = best_evaluation(learned, [len(part) for _, part in self.folds])
+        groups, labels = self.model.basis.groups, self.soup.labels
+        tables = [run.tables_EGN[best] for run in learned]
+        selects = [
+            self.scorer(MixingWeights(table, groups, labels)).subset(part)
+            for table, (_, part) in zip(tables, self.folds, strict=True)
+        ]
+        weights = MixingWeights(torch.stack(tables).mean(dim=0), groups, labels)
         fit = self.scorer(weights)
         if len(self.folds) == 1:
             fit = fit.subset(self.folds[0][0])
@@ -295,9 +315,8 @@ class _Job:
         trained = sum(run.curve[-1]["step"] for run in learned) * size / len(self.held_out)
         scored = sum(len(run.curve) * len(part) for run, (_, part) in zip(learned, self.folds, strict=True))
         passes = trained + scored / len(self.held_out) + self.scorer.passes - before
-        granularity = self.recipe.learn.granularity
-        by = {"model": "TWA", "layer": "TWA by layer", "tensor": "TWA by tensor"}
-        name = by.get(granularity, granularity) if isinstance(granularity, str) else "TWA by pattern"
+        self.best_step = int(learned[0].curve[best]["step"])
+        name = _learned_name(self.recipe.learn.granularity)
         return Candidate(name, weights, league.pool(selects), fit, passes=passes, learned=True)
 
     def score_test(self, candidates: list[Candidate]) -> None:
@@ -305,8 +324,6 @@ class _Job:
             candidate.test = self.scorer.on(candidate.weights, self.test)
 
     def write(self, result: Result) -> None:
-        import shutil
-
         from twa_merge.report import write_report
 
         assert self.output is not None
@@ -321,8 +338,17 @@ class _Job:
                 finish=lambda folder: write_report(folder, result, self.recipe, self.soup),
                 progress=self.progress,
             )
-            shutil.rmtree(state_folder(self.output), ignore_errors=True)
+            self.drop_state()
         self.accelerator.wait_for_everyone()
+
+    def drop_state(self) -> None:
+        if self.output is not None:
+            shutil.rmtree(state_folder(self.output), ignore_errors=True)
+
+
+def _learned_name(granularity: str | list[str]) -> str:
+    names = {"model": "TWA", "layer": "TWA by layer", "tensor": "TWA by tensor"}
+    return names[granularity] if isinstance(granularity, str) else "TWA by pattern"
 
 
 def state_folder(output: Path) -> Path:

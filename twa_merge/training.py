@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
-from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Batch, Task
 
@@ -57,15 +56,30 @@ class LearnConfig:
     seed: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Learned:
-    """What training produced."""
+    """What training produced: the table at every evaluation, and how it scored."""
 
-    weights: MixingWeights
-    """The table with the lowest select loss among the evaluated steps."""
-    best_step: int
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """A row for each evaluation: step, lr, fit_loss (mean since the last), select_loss."""
+    tables_EGN: Tensor
+    """(E, G, N) float64 mixing weights, one table for each of E evaluations."""
+    curve: list[dict[str, float]]
+    """E rows: step, lr, fit_loss (mean since the last), select_loss."""
+
+
+def best_evaluation(runs: Sequence[Learned], samples: Sequence[int]) -> int:
+    """Return the evaluation with the lowest select loss of all folds together.
+
+    One evaluation for all: picking each fold's own best step on its few samples would flatter the learned merge.
+
+    Args:
+        runs: one for each fold; an early stop shortens the choice to the steps that all have reached.
+        samples: select samples of each fold.
+    """
+    reached = min(len(run.curve) for run in runs)
+    pooled = [
+        sum(n * run.curve[e]["select_loss"] for run, n in zip(runs, samples, strict=True)) for e in range(reached)
+    ]
+    return min(range(reached), key=pooled.__getitem__)
 
 
 def learn(
@@ -79,7 +93,7 @@ def learn(
     state_file: Path | None = None,
     progress: bool = False,
 ) -> Learned:
-    """Train the coefficients of `model` on `fit` and return the best table.
+    """Train the coefficients of `model` on `fit` and return the tables of all evaluations.
 
     The result does not depend on the number of processes or on how a step is divided into forward passes: every step
     sees the same samples, and each label element weighs the same.
@@ -114,12 +128,13 @@ def learn(
             if run.step % every == 0 or run.step == total:
                 run.evaluate(score, run.step, sum(recent) / len(recent))
                 run.save(state_file)
-                bar.set_postfix(select=f"{run.curve[-1]['select_loss']:.4f}", best=f"{run.best_loss:.4f}")
+                bar.set_postfix(
+                    select=f"{run.curve[-1]['select_loss']:.4f}",
+                    best=f"{min(row['select_loss'] for row in run.curve):.4f}",
+                )
                 recent.clear()
                 model.train()
-    with torch.no_grad():
-        model.twa_coefficients.copy_(run.best)
-    return Learned(model.mixing_weights(), run.best_step, run.curve)
+    return Learned(torch.stack(run.tables), run.curve)
 
 
 class _Run:
@@ -136,14 +151,12 @@ class _Run:
         self.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
         self.step = 0
         self.curve: list[dict[str, float]] = []
-        self.best = model.twa_coefficients.detach().clone()
-        self.best_step = 0
-        self.best_loss = math.inf
+        self.tables: list[Tensor] = []
 
     @property
     def stopped(self) -> bool:
-        since = [row for row in self.curve if row["step"] > self.best_step]
-        return len(since) >= self.config.patience
+        losses = [row["select_loss"] for row in self.curve]
+        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def step_on(self, micro_batches: list[Batch], task: Task) -> float:
         """Take one optimisation step and return its loss."""
@@ -175,18 +188,16 @@ class _Run:
         loss = score().loss.value
         lr = self.optimizer.param_groups[0]["lr"]
         self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
-            self.best = self.model.twa_coefficients.detach().clone()
+        self.tables.append(self.model.table_GN())
 
     def _require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
             return
-        weights = self.model.mixing_weights()
-        row = int((weights.table - 1 / weights.num_checkpoints).abs().amax(dim=1).nan_to_num(math.inf).argmax())
+        furthest_G = self.model.table_GN().abs().amax(dim=1).nan_to_num(math.inf)
+        group = list(self.model.basis.groups)[int(furthest_G.argmax())]
         raise UserError(
             f"the loss is {loss} at step {self.step + 1} (lr {self.optimizer.param_groups[0]['lr']:g}); the group "
-            f"furthest from the average is {list(weights.groups)[row]!r}: lower the lr, or drop a broken checkpoint"
+            f"with the largest weights is {group!r}: lower the lr, or leave out a broken checkpoint"
         )
 
     def save(self, file: Path | None) -> None:
@@ -195,13 +206,14 @@ class _Run:
             return
         from safetensors.torch import save_file
 
-        tensors: dict[str, Tensor] = {"coefficients": self.model.twa_coefficients.detach(), "best": self.best}
+        tensors: dict[str, Tensor] = {
+            "coefficients": self.model.twa_coefficients.detach(),
+            "tables": torch.stack(self.tables),
+        }
         for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
             tensors[f"optimizer.{name}"] = value
         about = {
             "step": self.step,
-            "best_step": self.best_step,
-            "best_loss": self.best_loss,
             "curve": self.curve,
             "config": asdict(self.config),
             "total": self.total,
@@ -223,12 +235,10 @@ class _Run:
             raise UserError(
                 f"{file}: belongs to a run with other settings; give the same ones, or start without --resume"
             )
-        device = self.model.twa_coefficients.device
         with torch.no_grad():
             self.model.twa_coefficients.copy_(tensors["coefficients"])
-        self.best = tensors["best"].to(device)
-        self.step, self.best_step, self.best_loss = about["step"], about["best_step"], about["best_loss"]
-        self.curve = about["curve"]
+        self.tables = list(tensors["tables"])
+        self.step, self.curve = about["step"], about["curve"]
         state = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})

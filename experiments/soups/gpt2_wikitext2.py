@@ -1,6 +1,6 @@
 """Train a small GPT-2 on WikiText-2 from scratch and keep ten snapshots of the one run.
 
-    python experiments/soups/gpt2_wikitext2.py --data DATA --output SOUPS/gpt2-1 --seed 1
+python experiments/soups/gpt2_wikitext2.py --data DATA --output SOUPS/gpt2-1 --seed 1
 """
 
 from __future__ import annotations

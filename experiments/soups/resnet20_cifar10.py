@@ -1,6 +1,6 @@
 """Fine-tune ResNet-20 on CIFAR-10 (JPEG) with random hyper-parameters, some of them bad.
 
-    python experiments/soups/resnet20_cifar10.py --data DATA --output SOUPS/resnet20-1 --seed 1
+python experiments/soups/resnet20_cifar10.py --data DATA --output SOUPS/resnet20-1 --seed 1
 """
 
 from __future__ import annotations

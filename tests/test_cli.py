@@ -1,0 +1,267 @@
+"""The command line as a user meets it: the main job, and one clear line for every mistake."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import factory
+from twa_merge.cli import build_parser, main
+
+LEARN = ["--steps", "4", "--batch-size", "8", "--granularity", "layer"]
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A soup of BERT classifiers with tokenizers, and data, made once."""
+    folder = tmp_path_factory.mktemp("origin")
+    for member in factory.make_soup("bert", folder / "soup"):
+        factory.make_tokenizer(member)
+    write_rows(folder / "data/validation.csv", factory.text_rows(60))
+    write_rows(folder / "data/test.csv", factory.text_rows(40, seed=1))
+    return folder
+
+
+@pytest.fixture
+def work(origin, tmp_path, monkeypatch):
+    """A copy of it to break, as working directory."""
+    shutil.copytree(origin, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+def members():
+    return [f"soup/member-{k}" for k in range(3)]
+
+
+def train_args(output="out"):
+    return ["train", *members(), "--data", "data", "--split", "validation", "--output", output, *LEARN]
+
+
+def test_train_leaves_a_model_a_report_and_a_recipe_that_runs_again(work, capsys):
+    assert main([*train_args(), "--test-split", "test"]) == 0
+    printed = capsys.readouterr().out
+    for row in ("best single", "uniform", "greedy", "TWA by layer", "test accuracy"):
+        assert row in printed
+    left = {p.name for p in Path("out").iterdir()}
+    assert left >= {
+        "model.safetensors", "config.json", "tokenizer.json", "mixing_weights.safetensors", "mixing_weights.json",
+        "recipe.yaml", "report.json", "report.md", "league.png", "mixing_weights.png", "curve.png", "README.md",
+    }  # fmt: skip
+    report = json.loads(Path("out/report.json").read_text())
+    assert {c["name"] for c in report["league"]} >= {"best single", "uniform", "greedy", "TWA by layer"}
+    assert not any(str(work) in (Path("out") / n).read_text() for n in ("README.md",))
+
+    from transformers import pipeline
+
+    assert pipeline("text-classification", "out")("good day")[0]["label"] in ("negative", "positive")
+    assert main(["run", "out/recipe.yaml", "output.path=again"]) == 0
+    for name in ("model.safetensors", "mixing_weights.safetensors"):
+        assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
+    assert main(["apply", "out", *members(), "--output", "applied"]) == 0
+    assert Path("applied/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+    assert not [p for p in work.iterdir() if p.name.startswith(".")]
+
+
+def test_average_and_its_methods(work):
+    states = [load_file(f"{m}/model.safetensors") for m in members()]
+    assert main(["average", *members(), "--output", "uniform"]) == 0
+    assert main(["average", *members(), "--weights", "2,1,1", "--output", "given"]) == 0
+    assert main(["average", "soup/member-*", "--method", "last", "--last", "2", "--output", "last"]) == 0
+    assert main(["average", *members(), "--method", "ema", "--decay", "0.5", "--output", "ema"]) == 0
+    assert (
+        main(["average", *members(), "--method", "greedy", "--data", "data/validation.csv", "--output", "greedy"]) == 0
+    )
+    assert main(["average", *members(), "--method", "best", "--data", "data/validation.csv", "--output", "best"]) == 0
+    for name, weights in {
+        "uniform": [1 / 3] * 3, "given": [0.5, 0.25, 0.25], "last": [0, 0.5, 0.5], "ema": [0.25, 0.25, 0.5]
+    }.items():  # fmt: skip
+        merged = load_file(f"{name}/model.safetensors")
+        for key, value in merged.items():
+            expected = sum(w * s[key].double() for w, s in zip(weights, states, strict=True)).float()
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
+    best = load_file("best/model.safetensors")
+    assert any(all(torch.equal(best[k], s[k]) for k in best) for s in states)
+
+
+def test_evaluate_and_inspect(work, capsys):
+    assert main(["evaluate", *members(), "--data", "data/test.csv", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == members() and all(0 <= s["accuracy"] <= 1 for s in scores.values())
+    assert main(["inspect", *members(), "--distances"]) == 0
+    assert "3 checkpoints that fit together" in capsys.readouterr().out
+
+
+def test_a_relative_folder_that_looks_like_a_hub_id_is_the_folder(work):
+    assert main(["average", "soup/member-0", "soup/member-1", "--output", "out"]) == 0
+
+
+def edit_config(member, **changes):
+    path = Path(f"soup/member-{member}/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_state(member, change):
+    path = Path(f"soup/member-{member}/model.safetensors")
+    state = load_file(path)
+    change(state)
+    save_file(state, path, {"format": "pt"})
+
+
+def corrupt(member):
+    path = Path(f"soup/member-{member}/model.safetensors")
+    path.write_bytes(b"\xff" * 200)
+
+
+def truncate(member):
+    path = Path(f"soup/member-{member}/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lora(member):
+    folder = Path(f"soup/member-{member}")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def outside(member):
+    folder = Path(f"soup/member-{member}")
+    (folder / "model.safetensors").rename(Path("soup/secret.safetensors"))
+    index = {"weight_map": {"x": "../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+NAME = "bert.encoder.layer.0.attention.self.query.weight"
+BROKEN_SOUPS = {
+    "missing folder": (lambda: shutil.rmtree("soup/member-1"), "soup/member-1: no such checkpoint"),
+    "no config": (lambda: Path("soup/member-1/config.json").unlink(), "member-1: no config.json"),
+    "corrupt": (lambda: corrupt(1), "member-1/model.safetensors: not a complete safetensors file"),
+    "truncated": (lambda: truncate(1), "member-1/model.safetensors: truncated"),
+    "missing tensor": (lambda: edit_state(1, lambda s: s.pop(NAME)), f"{NAME!r} is in soup/member-0 but missing"),
+    "extra tensor": (
+        lambda: edit_state(1, lambda s: s.update(extra=torch.zeros(2))), "'extra' is in soup/member-1 but missing"
+    ),
+    "shape": (
+        lambda: edit_state(1, lambda s: s.update({NAME: torch.zeros(16, 8)})),
+        f"{NAME!r} has shape [16, 16] in soup/member-0 but [16, 8] in soup/member-1",
+    ),
+    "architecture": (lambda: edit_config(1, model_type="gpt2", architectures=["GPT2LMHeadModel"]), "architecture"),
+    "heads": (lambda: edit_config(1, num_attention_heads=4), "num_attention_heads"),
+    "activation": (lambda: edit_config(1, hidden_act="relu"), "hidden_act"),
+    "labels": (lambda: edit_config(1, id2label={"0": "positive", "1": "negative"}), "id2label"),
+    "lora": (lambda: lora(1), "LoRA adapter"),
+    "outside": (lambda: outside(1), "points outside its folder"),
+    "nan": (
+        lambda: edit_state(1, lambda s: s[NAME].view(-1)[3:4].fill_(float("nan"))),
+        f"soup/member-1: tensor {NAME!r} holds NaN",
+    ),
+    "both layouts": (
+        lambda: Path("soup/member-1/model.safetensors.index.json").write_text("{}"), "holds both model.safetensors"
+    ),
+}  # fmt: skip
+
+
+def assert_one_line_and_nothing_left(work, capsys, command, message, code=2):
+    before = sorted(p.relative_to(work) for p in work.rglob("*"))
+    assert main(command) == code
+    printed = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in printed if line.startswith("twa-merge: ")]
+    assert len(lines) == 1 and message in lines[0], printed
+    assert printed[-1] == lines[0]
+    assert sorted(p.relative_to(work) for p in work.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["average", "train"])
+@pytest.mark.parametrize("how", list(BROKEN_SOUPS))
+def test_a_broken_soup_is_one_line(work, capsys, how, command):
+    damage, message = BROKEN_SOUPS[how]
+    damage()
+    arguments = train_args() if command == "train" else ["average", *members(), "--output", "out"]
+    assert_one_line_and_nothing_left(work, capsys, arguments, message)
+
+
+def relabel(row):
+    return row | {"label": row["label"] + 5}
+
+
+BROKEN_RUNS = {
+    "one checkpoint": (["train", "soup/member-0", "--data", "data", "--output", "out"], "at least two checkpoints"),
+    "one for average": (["average", "soup/member-0", "--output", "out"], "at least two checkpoints"),
+    "column": ([*train_args(), "--column", "text=sentence"], "text, label"),
+    "split": ([*train_args(), "--test-split", "tests"], "validation"),
+    "task": ([*train_args(), "--task", "text-clasification"], "text-classification"),
+    "granularity": ([*train_args(), "--granularity", "block"], "model, layer, tensor"),
+    "coordinates": ([*train_args(), "--coordinates", "polar"], "relative"),
+    "start": ([*train_args(), "--start", "worst"], "uniform, greedy or best"),
+    "dtype": ([*train_args(), "--dtype", "int3"], "float32, bfloat16, float16"),
+    "metric": ([*train_args(), "--metric", "acuracy"], "acuracy"),
+    "no data": ([*train_args()[:4], "--data", "nowhere.csv", "--output", "out"], "nowhere.csv"),
+    "output is an input": (["average", *members(), "--output", "soup/member-0", "--overwrite"], "input"),
+    "output holds the inputs": (["average", *members(), "--output", "soup", "--overwrite"], "input"),
+    "output exists": (["average", *members(), "--output", "data"], "exists already"),
+    "output is not ours": (["average", *members(), "--output", "data", "--overwrite"], "no earlier merge"),
+    "weights sum to zero": (["average", *members(), "--weights=1,-1,0", "--output", "out"], "sum to zero"),
+    "number of weights": (["average", *members(), "--weights", "1,1", "--output", "out"], "expected 3"),
+    "greedy without data": (["average", *members(), "--method", "greedy", "--output", "out"], "--data"),
+    "recipe key": (["run", "r.yaml", "learn.lrr=1", "output.path=out"], "did you mean learn.lr?"),
+    "recipe value": (["run", "r.yaml", "learn.steps=many"], "learn.steps: expected int or null, got 'many'"),
+    "no recipe": (["run", "none.yaml"], "none.yaml: no such recipe"),
+    "no table": (["apply", "data", *members(), "--output", "out"], "no such mixing weights"),
+    "empty data": ([*train_args()[:4], "--data", "empty.csv", "--output", "out"], "empty"),
+    "labels": ([*train_args()[:4], "--data", "wrong.csv", "--output", "out"], "label"),
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN_RUNS))
+def test_a_mistaken_run_is_one_line(work, capsys, how):
+    (work / "r.yaml").write_text("checkpoints: [soup/member-0, soup/member-1]\ndata: {path: data}\n")
+    (work / "empty.csv").write_text("text,label\n")
+    write_rows(work / "wrong.csv", [relabel(row) for row in factory.text_rows(30)])
+    arguments, message = BROKEN_RUNS[how]
+    assert_one_line_and_nothing_left(work, capsys, arguments, message)
+
+
+def test_a_nan_loss_names_step_lr_and_group(work, capsys):
+    assert_one_line_and_nothing_left(work, capsys, [*train_args(), "--lr", "1e30"], "at step")
+
+
+def test_overwrite_replaces_an_earlier_merge_only_when_complete(work):
+    assert main(["average", *members(), "--output", "out"]) == 0
+    first = Path("out/model.safetensors").read_bytes()
+    truncate(2)
+    assert main(["average", *members(), "--output", "out", "--overwrite"]) == 2
+    assert Path("out/model.safetensors").read_bytes() == first
+    assert main(["average", *members()[:2], "--output", "out", "--overwrite"]) == 0
+    assert Path("out/model.safetensors").read_bytes() != first
+
+
+def test_help_loads_no_torch_and_is_quick():
+    script = (
+        "import sys, resource, twa_merge.cli as c\n"
+        "try: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_options_of_the_command_line_are_frozen():
+    """A change here is a change for users: it belongs in the changelog."""
+    actions = build_parser()._subparsers._group_actions[0].choices
+    options = {name: sorted(o for a in p._actions for o in a.option_strings) for name, p in actions.items()}
+    frozen = json.loads(Path(__file__).with_name("cli_options.json").read_text())
+    assert options == frozen
