@@ -74,6 +74,12 @@ def test_a_file_is_the_split_it_is_named_after(folder):
         open_split(folder / "dev.csv", "test")
 
 
+def test_a_rewritten_file_is_read_again(tmp_path):
+    for word in ("aaaa", "bbbb"):
+        (tmp_path / "same.csv").write_text(f"text,label\n{word},0\n")
+        assert open_split(tmp_path / "same.csv")["text"][:] == [word]
+
+
 def test_folder_of_files_named_by_split(folder):
     assert open_split(folder, "train").to_dict() == rows(10)
     assert open_split(str(folder), "validation").to_dict() == rows(4, 100)
@@ -167,8 +173,11 @@ def test_broken_empty_and_unreadable(tmp_path):
         open_split(tmp_path / "broken.json")
     assert "\n" not in str(caught.value)
     (tmp_path / "empty.csv").write_text("text,label\n")
-    with pytest.raises(UserError, match=r"empty\.csv.*"):
+    with pytest.raises(UserError, match=r"empty\.csv: has no rows"):
         open_split(tmp_path / "empty.csv")
+    (tmp_path / "zero.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"zero\.jsonl: the file is empty"):
+        open_split(tmp_path / "zero.jsonl")
     with pytest.raises(UserError, match=r"split train.* is empty"):
         open_split(datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": []})}), "train")
     (tmp_path / "book.docx").write_text("x")

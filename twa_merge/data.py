@@ -143,14 +143,13 @@ def _load(path: Path, reader: str, files: list[str], **options: Any) -> Any:
 
     if reader == "csv" and any(_data_suffix(Path(file)) == ".tsv" for file in files):
         options["sep"] = "\t"
+    if all(Path(file).stat().st_size == 0 for file in files):
+        raise UserError(f"data {path}: the file is empty; expected at least one row")
     try:
         return datasets.load_dataset(reader, data_files={"train": files}, split="train", **options)
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
+    except Exception as error:  # readers raise whatever pandas, pyarrow or decoders raise
+        if "corresponds to no data" in str(error):
+            raise UserError(f"data {path}: has no rows; expected at least one") from error
         raise UserError(f"data {path}: not readable as {reader} ({first_line(error)}); check the file") from error
 
 
@@ -185,12 +184,7 @@ def _load_all(path: Path) -> Any:
 
     try:
         return datasets.load_dataset(str(path))
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
+    except Exception as error:  # readers raise whatever pandas, pyarrow or decoders raise
         raise UserError(f"data {path}: not readable ({first_line(error)}); check the folder") from error
 
 

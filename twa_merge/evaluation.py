@@ -115,14 +115,7 @@ def evaluate(
     mine = _share(len(batches), accelerator)
     if autocast is None:
         autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
-    # a generator of its own: a loader without one draws from the global stream, and evaluating would change training
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=[batches[number] for number in mine],  # type: ignore[arg-type]
-        collate_fn=task.collate,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-    )
+    loader = _loader(dataset, [batches[number] for number in mine], task, num_workers)
     rows: dict[int, _Row] = {}
     with evaluation_mode(module), torch.no_grad():
         for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
@@ -199,6 +192,17 @@ def _score(module: nn.Module, batch: Any, task: Task, autocast: Callable[[], Any
             need = "text" if asked[0].needs_text else "predictions"
             raise UserError(f"metric {asked[0].name}: needs {need}, which {task.name} does not give")
     return loss.double().cpu().numpy(), weight.double().cpu().numpy(), predictions, references
+
+
+def _loader(dataset: Any, batches: list[list[int]], task: Task, num_workers: int) -> Any:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=task.collate,
+        num_workers=num_workers,
+        # without a generator of its own it draws from the global stream, and evaluating would change training
+        generator=torch.Generator(),
+    )
 
 
 def _share(num_batches: int, accelerator: Any) -> list[int]:

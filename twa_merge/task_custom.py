@@ -53,7 +53,7 @@ def custom_task(
         prepare=prepare,
         collate=collate,
         count=lambda batch: torch.tensor(float(batch_size_of(batch))),
-        sample_losses=lambda outputs, batch: _own_loss(outputs, batch),
+        sample_losses=_own_loss,
         predictions=(lambda outputs, batch: _classes(logits_of(outputs), batch["labels"])) if chosen else None,
         metrics=chosen,
         per_sample=False,
@@ -96,15 +96,10 @@ def module_task(
             forward=_call_with_inputs,
         )
 
-    def sample_losses(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        if loss is None:
-            return _own_loss(outputs, batch)
-        return _one_value(loss(outputs, batch if isinstance(batch, Mapping) else targets_of(batch)), batch)
-
     return Task(
         **common,
         count=lambda batch: torch.tensor(float(batch_size_of(batch))),
-        sample_losses=sample_losses,
+        sample_losses=lambda outputs, batch: _batch_loss(loss, outputs, batch),
         predictions=None,
         forward=_call_with_all if loss is None else _call_with_inputs_of_tuples,
         per_sample=False,
@@ -205,6 +200,12 @@ def _own_loss(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
     else:
         value = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None
     return _one_value(value, batch)
+
+
+def _batch_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    if loss is None:
+        return _own_loss(outputs, batch)
+    return _one_value(loss(outputs, batch if isinstance(batch, Mapping) else targets_of(batch)), batch)
 
 
 def _one_value(value: Any, batch: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,261 @@
+"""The loop: independent of accumulation and processes, resumable, the same in Trainer; BatchNorm; kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import twa_merge as twa
+from tests import factory
+from twa_merge.checkpoints import Soup
+from twa_merge.recipe import DataConfig, Recipe
+from twa_merge.training import LearnConfig, batch_indices
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def soup_folder(tmp_path_factory):
+    from tests.test_cli import write_rows
+
+    folder = tmp_path_factory.mktemp("training")
+    for member in factory.make_soup("bert", folder / "soup", scale=0.2):
+        factory.make_tokenizer(member)
+    write_rows(folder / "data/validation.csv", factory.text_rows(64))
+    return folder
+
+
+def members(folder):
+    return [str(p) for p in sorted((folder / "soup").iterdir())]
+
+
+def learned_table(folder, **options):
+    options = {"steps": 6, "batch_size": 8, "granularity": "layer", "seed": 3} | options
+    recipe = Recipe(data=DataConfig(select_fraction=0.25, min_select=1), device="cpu")
+    result = twa.train(Soup(members(folder)), folder / "data/validation.csv", recipe=recipe, **options)
+    return next(c for c in result.league if c.learned).weights.table, result
+
+
+def test_steps_see_the_same_samples_however_divided():
+    config = LearnConfig(batch_size=4, accumulation=1)
+    whole = [set(b) for b in batch_indices(10, config, range(5))]
+    parts = batch_indices(10, replace(config, batch_size=2, accumulation=2), range(5))
+    assert [set(parts[2 * i]) | set(parts[2 * i + 1]) for i in range(5)] == whole
+    ranks = [batch_indices(10, config, range(5), rank=r, world=2) for r in range(2)]
+    assert [set(a) | set(b) for a, b in zip(*ranks, strict=True)] == whole
+    assert batch_indices(10, config, range(3, 5)) == batch_indices(10, config, range(5))[3:]
+    assert sorted(i for b in batch_indices(10, config, range(5)) for i in b) == sorted([*range(10)] * 2)
+
+
+def test_accumulation_changes_nothing(soup_folder):
+    whole, _ = learned_table(soup_folder)
+    parts, _ = learned_table(soup_folder, batch_size=2, accumulation=4)
+    torch.testing.assert_close(whole, parts, rtol=0, atol=2e-5)
+
+
+def test_learning_lowers_the_loss_it_trains_on(soup_folder):
+    _, result = learned_table(soup_folder, steps=40, lr=0.05)
+    uniform = next(c for c in result.league if c.name == "uniform")
+    learned = next(c for c in result.league if c.learned)
+    assert learned.fit.loss.value < uniform.fit.loss.value
+    assert learned.select.loss.value <= uniform.select.loss.value  # step 0 is the uniform soup
+
+
+@pytest.mark.parametrize("coordinates", ["relative", "normalized"])
+def test_gradient_checkpointing_and_coordinates_run(soup_folder, coordinates):
+    plain, _ = learned_table(soup_folder, coordinates=coordinates)
+    checkpointed, _ = learned_table(soup_folder, coordinates=coordinates, gradient_checkpointing=True)
+    torch.testing.assert_close(plain, checkpointed, rtol=0, atol=1e-5)
+
+
+def trained_by_trainer(folder, **arguments):
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    from twa_merge.tasks import build_task
+
+    soup = Soup(members(folder))
+    model = twa.merged_model(soup, granularity="layer")
+    task = build_task("text-classification", soup.folder)
+    from twa_merge.data import open_split
+
+    rows = list(task.prepare(open_split(folder / "data/validation.csv", None)))
+    settings = {
+        "output_dir": str(folder / "trainer"), "max_steps": 5, "per_device_train_batch_size": 8, "use_cpu": True,
+        "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": [],
+        "save_strategy": "no", "optim": "sgd", "remove_unused_columns": False,
+    }  # fmt: skip
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**{**settings, **arguments}), train_dataset=_InOrder(rows, task),
+        data_collator=default_data_collator,
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    return model, rows, task
+
+
+class _InOrder(torch.utils.data.Dataset):
+    """Features padded to one length, so that any collator stacks them."""
+
+    def __init__(self, rows, task):
+        self.batch = task.collate(rows)
+
+    def __len__(self):
+        return len(next(iter(self.batch.values())))
+
+    def __getitem__(self, i):
+        return {name: value[i] for name, value in self.batch.items()}
+
+
+def test_an_unchanged_trainer_and_a_plain_accelerate_loop_agree(soup_folder):
+    from accelerate import Accelerator
+
+    model, rows, task = trained_by_trainer(soup_folder)
+    accelerator = Accelerator(cpu=True)
+    other = twa.merged_model(Soup(members(soup_folder)), granularity="layer")
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.02)
+    loader = torch.utils.data.DataLoader(_InOrder(rows, task), batch_size=8)
+    wrapped, optimizer, loader = accelerator.prepare(other, optimizer, loader)
+    wrapped.train()
+    for _, batch in zip(range(5), loader, strict=False):
+        accelerator.backward(wrapped(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.twa_coefficients.abs().max() > 1e-5
+    torch.testing.assert_close(model.twa_coefficients.data, other.twa_coefficients.data, rtol=1e-5, atol=1e-8)
+
+
+def test_trainer_resumes_and_saves_coefficients_alone(soup_folder, tmp_path):
+    whole, _, _ = trained_by_trainer(
+        soup_folder, output_dir=str(tmp_path / "a"), max_steps=6, optim="adamw_torch_fused"
+    )
+    trained_by_trainer(
+        soup_folder, output_dir=str(tmp_path / "b"), max_steps=6, save_strategy="steps", save_steps=3,
+        optim="adamw_torch_fused",
+    )  # fmt: skip
+    state = load_file(tmp_path / "b/checkpoint-3/model.safetensors")
+    assert list(state) == ["twa_coefficients"]
+    again = load_file(tmp_path / "b/checkpoint-6/model.safetensors")["twa_coefficients"]
+    torch.testing.assert_close(again, whole.twa_coefficients.data, rtol=1e-5, atol=1e-7)
+
+
+DISTRIBUTED = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from tests.test_training import learned_table
+from pathlib import Path
+table, _ = learned_table(Path({folder!r}))
+if int(__import__('os').environ.get('RANK', 0)) == 0:
+    torch.save(table, {out!r})
+"""
+
+
+def test_two_processes_learn_the_same_table_as_one(soup_folder, tmp_path):
+    one, _ = learned_table(soup_folder)
+    script, out = tmp_path / "run.py", tmp_path / "table.pt"
+    script.write_text(DISTRIBUTED.format(root=str(ROOT), folder=str(soup_folder), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(torch.load(out), one, rtol=0, atol=2e-5)
+
+
+def resnet_soup(folder):
+    folders = factory.make_soup("tiny_resnet", folder, scale=0.1)
+    torch.manual_seed(0)
+    x = torch.randn(80, 3, 16, 16)
+    y = (x.mean(dim=(1, 2, 3)) > 0).long()
+    return Soup(folders), TensorDataset(x, y)
+
+
+def test_batchnorm_statistics_are_recomputed_and_travel_with_the_table(tmp_path):
+    soup, data = resnet_soup(tmp_path / "soup")
+    result = twa.train(
+        soup, data, module=factory.TinyResNet(), loss=F.cross_entropy, output=tmp_path / "out", steps=5, batch_size=16,
+        lr=0.05, recipe=Recipe(margin=-100.0, data=DataConfig(select_fraction=0.25, min_select=1), device="cpu"),
+    )  # fmt: skip
+    assert result.verdict.winner.learned
+    merged = load_file(tmp_path / "out/model.safetensors")
+    average = sum(factory.read_tensors(s.folder or s.files[0].parent)["norm.running_mean"] for s in soup.sources) / 3
+    assert torch.equal(merged["norm.running_mean"], result.weights.statistics["norm.running_mean"])
+    assert not torch.allclose(merged["norm.running_mean"], average)
+    table = twa.MixingWeights.load(tmp_path / "out")
+    twa.write(soup, table, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    module = factory.TinyResNet()
+    module.load_state_dict(merged)
+    module.eval()
+    x, y = data.tensors
+    with torch.no_grad():
+        loss = float(F.cross_entropy(module(x), y))
+    evaluation = pooled_loss(result, y)
+    assert loss == pytest.approx(evaluation, rel=2e-3)
+
+
+def pooled_loss(result, y):
+    """The winner's loss on all samples, from its fit and select parts."""
+    winner = result.verdict.winner
+    fit, select = (len(part) for part in result.folds[0])
+    return (winner.fit.loss.value * fit + winner.select.loss.value * select) / (fit + select)
+
+
+COMMAND = [sys.executable, "-m", "twa_merge.cli", "train"]
+
+
+def train_command(folder, output, *more):
+    learn = ["--steps", "60", "--batch-size", "8", "--granularity", "layer", "--device", "cpu"]
+    data = ["--data", str(folder / "data"), "--output", str(output)]
+    return [*COMMAND, *members(folder), *data, *learn, *more]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_resumes_to_the_same_table(soup_folder, tmp_path, how):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(train_command(soup_folder, whole), env=env, check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(
+        train_command(soup_folder, cut), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = tmp_path / ".cut.twa-state"
+    deadline = time.time() + 120
+    while not list(state.glob("fold-1*")) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait() != 0
+    assert not cut.exists() and state.exists()
+    subprocess.run(train_command(soup_folder, cut, "--resume"), env=env, check=True, capture_output=True, timeout=300)
+    for name in ("mixing_weights.safetensors", "model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert not state.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(soup_folder, tmp_path):
+    """RLIMIT_FSIZE makes the kernel refuse to write on, as a full disk does."""
+    import resource
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "twa_merge.cli",
+        "average",
+        *members(soup_folder),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
