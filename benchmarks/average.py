@@ -110,7 +110,7 @@ def main() -> None:
                     statistics.median(a[i] / b[i] for a, b in zip(rows, measured["floor"], strict=True)) for i in (0, 1)
                 ]
                 print(
-                    f"{str(dtype).removeprefix('torch.'):9s} N={count:2d} {name:10s} cpu {cpu:6.2f} s  wall {wall:6.2f} s  "
+                    f"{dtype} N={count:2d} {name:10s} cpu {cpu:6.2f} s  wall {wall:6.2f} s  "
                     f"peak {peak:6.0f} MB  over floor: cpu {ratios[0]:.2f} wall {ratios[1]:.2f}"
                 )
 

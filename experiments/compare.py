@@ -1,4 +1,4 @@
-"""Every candidate on one soup: baselines, TWA at three granularities, and the honest rival, fine-tuning on the same data.
+"""Every candidate on one soup: baselines, TWA at three granularities, and the rival, fine-tuning on the same data.
 
     python experiments/compare.py digits   --output results/digits.json
     python experiments/compare.py sst2     --data DATA --soups SOUPS --output results/sst2.json

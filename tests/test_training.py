@@ -1,5 +1,6 @@
 """The loop: independent of accumulation and processes, resumable, the same in Trainer; BatchNorm; kills."""
 
+import json
 import os
 import signal
 import subprocess
@@ -138,7 +139,7 @@ def test_trainer_resumes_and_saves_coefficients_alone(soup_folder, tmp_path):
         soup_folder, output_dir=str(tmp_path / "a"), max_steps=6, optim="adamw_torch_fused"
     )
     trained_by_trainer(
-        soup_folder, output_dir=str(tmp_path / "b"), max_steps=6, save_strategy="steps", save_steps=3,
+        soup_folder, output_dir=str(tmp_path / "b"), save_strategy="steps", save_steps=3, max_steps=6,
         optim="adamw_torch_fused",
     )  # fmt: skip
     state = load_file(tmp_path / "b/checkpoint-3/model.safetensors")
@@ -147,26 +148,40 @@ def test_trainer_resumes_and_saves_coefficients_alone(soup_folder, tmp_path):
     torch.testing.assert_close(again, whole.twa_coefficients.data, rtol=1e-5, atol=1e-7)
 
 
-DISTRIBUTED = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from tests.test_training import learned_table
-from pathlib import Path
-table, _ = learned_table(Path({folder!r}))
-if int(__import__('os').environ.get('RANK', 0)) == 0:
-    torch.save(table, {out!r})
-"""
+def free_port():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def test_two_processes_learn_the_same_table_as_one(soup_folder, tmp_path):
-    one, _ = learned_table(soup_folder)
-    script, out = tmp_path / "run.py", tmp_path / "table.pt"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), folder=str(soup_folder), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.testing.assert_close(torch.load(out), one, rtol=0, atol=2e-5)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        free_port(),
+        "-m",
+    ]
+    one, two = (train_command(soup_folder, tmp_path / name, "--steps", "20") for name in ("one", "two"))
+    for command in (one, [*launch, *two[2:]]):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (learned_of(tmp_path / name) for name in ("one", "two"))
+    assert (a - 1 / 3).abs().max() > 1e-3
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def learned_of(output):
+    """The learned table of a run, whichever candidate shipped."""
+    report = json.loads((output / "report.json").read_text())
+    rows = next(c["mixing_weights"] for c in report["league"] if c["learned"])
+    return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
 def resnet_soup(folder):
@@ -235,6 +250,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_resumes_to_the_same
     subprocess.run(train_command(soup_folder, cut, "--resume"), env=env, check=True, capture_output=True, timeout=300)
     for name in ("mixing_weights.safetensors", "model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert torch.equal(learned_of(cut), learned_of(whole))
     assert not state.exists()
 
 

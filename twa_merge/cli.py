@@ -190,6 +190,15 @@ def _run_and_print(recipe: Recipe, args: argparse.Namespace) -> None:
     result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)
     if int(os.environ.get("RANK", "0")) == 0:
         print_result(result, as_json=args.json)
+    _end_processes()
+
+
+def _end_processes() -> None:
+    """Take down the process group of torchrun; left alone, its threads abort or hang the interpreter's exit."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def print_result(result: Result, *, as_json: bool = False) -> None:

@@ -14,6 +14,7 @@ from twa_merge.errors import UserError
 from twa_merge.groups import Groups
 
 FORMAT = "twa_merge.mixing_weights.v1"
+_METADATA = "twa_merge"
 _TABLE = "mixing_weights"
 _STATISTICS = "statistics."
 
@@ -86,11 +87,12 @@ class MixingWeights:
         tensors = {_TABLE: self.table.contiguous()}
         tensors |= {_STATISTICS + name: value.contiguous() for name, value in self.statistics.items()}
         about = {
+            "format": FORMAT,
             "checkpoints": list(self.checkpoints),
             "fingerprints": list(self.fingerprints),
             "groups": {g: list(names) for g, names in self.groups.items()},
         }
-        metadata = {"format": FORMAT, "about": json.dumps(about)}
+        metadata = {_METADATA: json.dumps(about)}  # one key: the library writes several in any order
         save_file(tensors, folder / "mixing_weights.safetensors", metadata=metadata)
         readable = {
             "format": FORMAT,
@@ -119,9 +121,9 @@ class MixingWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT or _TABLE not in tensors:
+        about = json.loads(metadata.get(_METADATA, "{}"))
+        if about.get("format") != FORMAT or _TABLE not in tensors:
             raise UserError(f"{path}: holds no mixing weights of twa_merge; expected a file that `train` left behind")
-        about = json.loads(metadata["about"])
         return cls(
             table=tensors.pop(_TABLE),
             groups={group: tuple(names) for group, names in about["groups"].items()},

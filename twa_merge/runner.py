@@ -244,7 +244,7 @@ class _Job:
         basis = self.model.basis
         centre = sum(float(block[-1].square().sum()) for block in basis.blocks.values()) ** 0.5
         self.warnings = league.warnings(self.scorer, self.soup, basis.norms, centre)
-        for warning in self.warnings:
+        for warning in self.warnings if self.accelerator.is_main_process else ():
             print(f"warning: {warning}", file=sys.stderr)
         return candidates
 
@@ -292,10 +292,12 @@ class _Job:
         if self.output is None:
             return None
         folder = state_folder(self.output)
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"fold-{fold}.safetensors"
-        if file.exists() and not self.resume:
-            file.unlink()
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                file.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()  # no process may go on from a state that another is about to drop
         return file
 
     def learned_candidate(self, learned: list[Learned]) -> Candidate:

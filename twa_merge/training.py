@@ -128,10 +128,7 @@ def learn(
             if run.step % every == 0 or run.step == total:
                 run.evaluate(score, run.step, sum(recent) / len(recent))
                 run.save(state_file)
-                bar.set_postfix(
-                    select=f"{run.curve[-1]['select_loss']:.4f}",
-                    best=f"{min(row['select_loss'] for row in run.curve):.4f}",
-                )
+                bar.set_postfix(select_loss=f"{run.curve[-1]['select_loss']:.4f}")
                 recent.clear()
                 model.train()
     return Learned(torch.stack(run.tables), run.curve)
