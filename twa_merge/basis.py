@@ -8,7 +8,7 @@ Here a group's shares `a_N` are the coordinates without the normalisation of eq.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -157,9 +157,12 @@ def _row_squares(block: Tensor) -> Tensor:
     return total
 
 
-def _with_bar(parameters: Mapping[str, nn.Parameter], progress: bool):
+def _with_bar(parameters: Mapping[str, nn.Parameter], progress: bool) -> Iterable[tuple[str, nn.Parameter]]:
     if not progress:
         return parameters.items()
     from tqdm import tqdm
 
-    return tqdm(parameters.items(), desc="reading", unit="tensor", delay=2, disable=None)
+    bar: Iterable[tuple[str, nn.Parameter]] = tqdm(
+        parameters.items(), desc="reading", unit="tensor", delay=2, disable=None
+    )
+    return bar

@@ -355,8 +355,8 @@ def _quiet_libraries() -> None:
     with contextlib.suppress(ImportError):
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with contextlib.suppress(ImportError):
         import datasets
 

@@ -38,7 +38,9 @@ def _distances(soup: Soup) -> dict[str, Any]:
     for tensor in soup.tensors:
         if not tensor.is_float:
             continue
-        centre = sum(read_tensor(entry).double() for entry in tensor.entries) / len(soup)
+        centre = torch.zeros(tensor.entries[0].shape, dtype=torch.float64)
+        for entry in tensor.entries:
+            centre += read_tensor(entry).double() / len(soup)
         centre_square += float(centre.square().sum())
         for k, entry in enumerate(tensor.entries):
             squares[k] += (read_tensor(entry).double() - centre).square().sum()

@@ -32,7 +32,7 @@ class MergedModel(nn.Module):
     `state_dict()` hold the coefficients alone.
 
     Args:
-        module: its parameters are overwritten with merged weights, its dropout is switched off until `unload`.
+        module: its parameters are overwritten with merged weights, its dropout is switched off until `merge_and_unload`.
         basis: centre and deltas of its parameters.
         checkpoints: N labels, for `mixing_weights()`.
         coordinates: `relative` trains shares of each delta (a step of lr moves every tensor by that share of its
@@ -93,7 +93,8 @@ class MergedModel(nn.Module):
         """Return the (G, N) float64 mixing weights of the current coefficients, unchecked."""
         shares = torch.zeros_like(self.basis.norms)
         shares[self._active] = self.twa_coefficients.detach().double().cpu() * self._scale
-        return self.basis.shares_to_weights(shares)
+        table: Tensor = self.basis.shares_to_weights(shares)
+        return table
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -144,19 +145,19 @@ class MergedModel(nn.Module):
         finally:
             batchnorm.load_statistics(self.module, before)
 
-    def unload(self) -> nn.Module:
-        """Return the plain module with the current merge in its parameters; this wrapper is of no use afterwards."""
+    def merge_and_unload(self) -> nn.Module:
+        """Return the plain module with the current merge in its parameters, as PEFT's method of this name does.
+
+        Dropout is back and every weight trains again; this wrapper is of no use afterwards.
+        """
         self.refresh()
         for link in self._links:
             link.remove()
         restore_dropout(self._dropout)
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        return self.module
-
-    def merge_and_unload(self) -> nn.Module:
-        """Return the plain merged module, as PEFT's method of this name does."""
-        return self.unload()
+        module: nn.Module = self.module
+        return module
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Save the merged module as combined in float32, with `mixing_weights.*`.
@@ -189,7 +190,8 @@ class MergedModel(nn.Module):
             rows[position] = self.basis.project(name, grad) * self._scale[position].to(rows)
             return rows
 
-        return _Link.apply(self.twa_coefficients, parameter, project)  # type: ignore[no-any-return]
+        linked: Tensor = _Link.apply(self.twa_coefficients, parameter, project)  # type: ignore[no-untyped-call]
+        return linked
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -200,7 +202,7 @@ class MergedModel(nn.Module):
             return getattr(self.__dict__["module"], name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.twa_coefficients.data = self.twa_coefficients.data.float()
         self.module._apply(fn, recurse)
         self.basis.to(self.twa_coefficients.device)

@@ -116,7 +116,8 @@ def from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML, every value written out."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _build(cls: type, content: Any, where: str, prefix: str) -> Any:

@@ -20,7 +20,7 @@ from twa_merge.checkpoints import Soup, require_several
 from twa_merge.data import open_split, split_indices
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation, evaluate
-from twa_merge.league import Candidate, Scorer, Verdict
+from twa_merge.league import Candidate, Folds, Scorer, Verdict
 from twa_merge.mixing import MixingWeights
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
@@ -44,7 +44,7 @@ class Result:
     """A training run for each fold."""
     best_step: int
     """The step whose tables are used, the same in all folds."""
-    folds: league.Folds
+    folds: Folds
     warnings: list[str]
     seconds: dict[str, float]
     """Wall time of each stage."""
@@ -68,7 +68,8 @@ def train(
 
     Args:
         soup: the checkpoints.
-        data: held-out data: a path or Hub name, a `datasets.Dataset`, or with `module` any map-style data set.
+        data: held-out data: a path or Hub name, a `datasets.Dataset`, or with a `Task` or a `module` any map-style
+            data set of features that the task collates.
         task: a task's name or a `Task`; default found from the checkpoint.
         module: any module whose forward returns a loss, or with `loss`.
         loss: `loss(outputs, targets)` for batches `(inputs, targets)`.
@@ -120,6 +121,7 @@ class _Job:
     ) -> None:
         self.recipe, self.soup, self.splits, self.task, self.module = recipe, soup, splits, task, module
         self.resume, self.overwrite, self.progress = resume, overwrite, progress
+        self.holds_features = task is not None
         self.output = Path(recipe.output.path) if recipe.output.path is not None else None
         self.seconds: dict[str, float] = {}
 
@@ -180,7 +182,7 @@ class _Job:
         if train is not None or config.train_split is not None:
             self.train_part = self.prepare(train, config.train_split)
         if self.train_part is None:
-            self.folds: league.Folds = split_indices(
+            self.folds: Folds = split_indices(
                 len(self.held_out),
                 select_fraction=config.select_fraction,
                 min_select=config.min_select,
@@ -191,12 +193,12 @@ class _Job:
             self.folds = [(everything, everything)]
 
     def prepare(self, given: Any, split: str | None) -> Any:
-        """Return features of a split; a data set that is not of `datasets` holds features already."""
+        """Return features of a split; data passed with a `Task` or a module hold features already."""
         assert self.task is not None
         source = given if given is not None else self.recipe.data.path
         if source is None:
             raise UserError("data: none given")
-        if isinstance(source, str | Path) or type(source).__module__.startswith("datasets."):
+        if isinstance(source, str | Path) or not self.holds_features:
             return self.task.prepare(open_split(source, split, name=self.recipe.data.name))
         if len(source) == 0:
             raise UserError("data: the data set is empty")

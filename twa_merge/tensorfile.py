@@ -117,7 +117,7 @@ def read_range(file: BinaryIO, entry: Entry, first: int, out: Tensor) -> None:
     assert out.dtype == entry.dtype
     if not out.numel():
         return
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
     file.seek(entry.start + first * entry.dtype.itemsize)
     done = 0
     while done < len(view):
@@ -159,7 +159,7 @@ class TensorFileWriter:
     def append(self, piece: Tensor) -> None:
         """Append a contiguous piece of the next tensor's data."""
         if piece.numel():
-            self._write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+            self._write(piece.reshape(-1).view(torch.uint8).numpy().data)
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
