@@ -32,7 +32,7 @@ class MergedModel(nn.Module):
     `state_dict()` hold the coefficients alone.
 
     Args:
-        module: its parameters are overwritten with merged weights, its dropout is switched off until `merge_and_unload`.
+        module: its parameters are overwritten with merged weights, its dropout is off until `merge_and_unload`.
         basis: centre and deltas of its parameters.
         checkpoints: N labels, for `mixing_weights()`.
         coordinates: `relative` trains shares of each delta (a step of lr moves every tensor by that share of its

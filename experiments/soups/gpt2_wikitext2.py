@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
-CONTEXT, VOCAB, STEPS = 128, 4096, 1500
+CONTEXT, VOCAB, STEPS = 128, 4096, 700
 
 
 def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:
@@ -39,7 +39,7 @@ def main() -> None:
     rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
     torch.manual_seed(args.seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=192, n_layer=4, n_head=6, bos_token_id=0, eos_token_id=0
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
     )
     every = STEPS // 2 // args.members
     training = TrainingArguments(
