@@ -34,8 +34,8 @@ from twa_merge.recipe import DataConfig, Recipe
 from twa_merge.tasks import Task
 
 GRANULARITIES = ("model", "layer", "tensor")
-RIVAL_LRS = (1e-5, 3e-5, 1e-4, 3e-4)
-RIVAL_EPOCHS = 5
+RIVAL_LRS = (1e-5, 1e-4, 1e-3)
+RIVAL_EPOCHS = 3
 
 
 @dataclass

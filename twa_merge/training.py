@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+MIN_STEPS = 100
+"""Few held-out samples must not mean few steps: coefficients start at the average and have a way to go."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig:
     """How coefficients are learned. The defaults and how they were chosen: `docs/defaults.md`."""
@@ -32,10 +36,10 @@ class LearnConfig:
     """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
     start: str = "uniform"
     """Where coefficients start: `uniform`, `greedy` or `best`."""
-    lr: float = 0.01
+    lr: float = 0.03
     steps: int | None = None
-    """Optimisation steps; default `epochs` over the fit part."""
-    epochs: float = 10
+    """Optimisation steps; default `epochs` over the fit part, and at least `MIN_STEPS`."""
+    epochs: float = 5
     batch_size: int = 32
     """Samples of one forward pass, all processes together."""
     accumulation: int = 1
@@ -111,7 +115,7 @@ def learn(
     Raises:
         UserError: the loss is not finite, or the batch is smaller than the number of processes.
     """
-    total = config.steps or max(1, math.ceil(config.epochs * len(fit) / (config.batch_size * config.accumulation)))
+    total = config.steps or max(MIN_STEPS, _steps(len(fit), config))
     run = _Run(model, config, total, accelerator)
     run.resume(state_file)
     if not run.curve:
@@ -242,6 +246,10 @@ class _Run:
         for _ in range(self.step):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
             self.scheduler.step()
+
+
+def _steps(num_samples: int, config: LearnConfig) -> int:
+    return math.ceil(config.epochs * num_samples / (config.batch_size * config.accumulation))
 
 
 def _synchronised(wrapped: Any, last: bool) -> Any:
