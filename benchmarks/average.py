@@ -17,9 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-
-import torch
 
 _FLOOR = """
 import torch
@@ -35,22 +35,24 @@ with open({output!r}, 'wb', buffering=0) as out:
 """
 
 
-def make_soup(folder: Path, count: int, dtype: torch.dtype) -> list[Path]:
+def member_paths(folder: Path, count: int, dtype: str) -> list[Path]:
+    """Return where the checkpoints of a dtype are."""
+    return [folder / f"{dtype}-{k}" for k in range(count)]
+
+
+def make_soup(folder: Path, count: int, dtype: str) -> None:
     """Save `count` GPT-2-small checkpoints: one random base, small random deltas."""
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    paths = [folder / f"{str(dtype).removeprefix('torch.')}-{k}" for k in range(count)]
-    if all((path / "model.safetensors").is_file() for path in paths):
-        return paths
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config())
-    for path in paths:
+    for path in member_paths(folder, count, dtype):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-        model.to(dtype).save_pretrained(path)
+        model.to(getattr(torch, dtype)).save_pretrained(path)
         model.float()
-    return paths
 
 
 def run(command: list[str]) -> tuple[float, float, float]:
@@ -79,7 +81,7 @@ def commands(paths: list[Path], folder: Path, mergekit: str | None) -> dict[str,
         config = {
             "models": [{"model": str(p), "parameters": {"weight": 1 / len(paths)}} for p in paths],
             "merge_method": "linear",
-            "dtype": "float32" if "float32" in files[0] else "bfloat16",
+            "dtype": paths[0].name.partition("-")[0],
         }
         (folder / "mergekit.yaml").write_text(json.dumps(config))
         found["mergekit"] = [mergekit, str(folder / "mergekit.yaml"), str(folder / "mergekit-out")]
@@ -94,9 +96,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mergekit", help="path of mergekit-yaml")
     args = parser.parse_args()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16"):
+        paths = member_paths(args.folder, max(args.counts), dtype)
+        if not paths[-1].exists():
+            # in a process of its own: peak memory of a child counts from the parent's at the fork
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(make_soup, args.folder, max(args.counts), dtype).result()
         for count in args.counts:
-            paths = make_soup(args.folder, count, dtype)
+            paths = member_paths(args.folder, count, dtype)
             todo = commands(paths, args.folder, args.mergekit)
             measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in todo}
             for repeat in range(args.repeats + 1):
