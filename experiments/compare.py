@@ -208,7 +208,7 @@ def fine_tune(trial: Trial, soup: twa.Soup, weights: twa.MixingWeights) -> Evalu
     """Return the test evaluation of a merge fine-tuned on the fit part; lr and epoch are chosen on the select part."""
     merged = twa.merged_model(soup, copy.deepcopy(trial.module), granularity="model")
     module = merged.merge_and_unload() if weights is None else materialise(merged, soup, weights)
-    fit, select = split_indices(len(trial.held_out), min_select=0, seed=trial.seed)[0]
+    fit, select = split_indices(len(trial.held_out), min_select=1, seed=trial.seed)[0]
     best, best_loss = copy.deepcopy(module), np.inf
     for lr in RIVAL_LRS:
         tuned = copy.deepcopy(module)
