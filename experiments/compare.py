@@ -30,8 +30,8 @@ import twa_merge as twa
 from twa_merge.assembly import make_task
 from twa_merge.data import split_indices
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
+from twa_merge.job import Job
 from twa_merge.recipe import DataConfig, Recipe
-from twa_merge.runner import _Job
 from twa_merge.tasks import Task
 from twa_merge.training import LearnConfig
 
@@ -135,7 +135,7 @@ def first_blocks(rows: Any) -> Any:
     return Subset(rows, range(min(BLOCKS, len(rows))))
 
 
-class SharedJob(_Job):
+class SharedJob(Job):
     """A run that takes what an earlier run on the same soup and data has scored: baselines do not depend on groups."""
 
     scored: ClassVar[dict[bytes, Evaluation]] = {}

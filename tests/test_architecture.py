@@ -41,18 +41,20 @@ def reachable(module):
 
 
 def test_the_writer_knows_nothing_of_learning():
-    assert not reachable("writer") & {"basis", "model", "training", "recipe", "runner", "tasks"}
+    assert not reachable("writer") & {"basis", "model", "training", "recipe", "runner", "job", "tasks"}
     assert "accelerate" not in imports("writer")
 
 
-@pytest.mark.parametrize("module", ["basis", "model", "mixing", "groups", "tensorfile", "dropout", "batchnorm"])
+@pytest.mark.parametrize(
+    "module", ["basis", "model", "mixing", "groups", "tensorfile", "dropout", "batchnorm", "links"]
+)
 def test_the_core_needs_torch_alone(module):
     assert not imports(module) & HEAVY
 
 
 def test_only_the_front_ends_import_the_runner():
     users = {p.stem for p in PACKAGE.glob("*.py") if "runner" in imports(p.stem)}
-    assert users <= {"cli", "demo"}
+    assert users <= {"commands", "demo"}
 
 
 def test_matplotlib_is_drawn_with_in_one_place():

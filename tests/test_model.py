@@ -240,8 +240,8 @@ def test_modules_whose_experts_are_fused_on_load_are_refused_with_one_line(tmp_p
 def test_recurrent_layers_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    module = nn.LSTM(4, 4)
     for k in range(2):
+        module = nn.LSTM(4, 4)
         save_file(dict(module.state_dict()), tmp_path / f"{k}.safetensors")
     soup = Soup(sorted(tmp_path.glob("*.safetensors")))
     with pytest.raises(UserError, match="LSTM"):

@@ -17,9 +17,10 @@ from torch.utils.data import TensorDataset
 
 import twa_merge as twa
 from tests import factory
+from twa_merge.batches import batch_indices
 from twa_merge.checkpoints import Soup
 from twa_merge.recipe import DataConfig, Recipe
-from twa_merge.training import LearnConfig, batch_indices
+from twa_merge.training import LearnConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ _EXPORTS = {
     "UserError": "errors",
     "merged_model": "assembly",
     "train": "runner",
-    "Result": "runner",
+    "Result": "job",
     "run_recipe": "runner",
     "write": "writer",
 }

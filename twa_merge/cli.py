@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import twa_merge.commands
 from twa_merge import __version__
 from twa_merge.errors import UserError
 
 if TYPE_CHECKING:
-    from twa_merge.checkpoints import Soup
-    from twa_merge.mixing import MixingWeights
-    from twa_merge.recipe import Recipe
-    from twa_merge.runner import Result
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,19 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", _train, "learn the mixing weights and write the merged model")
+    train = _command(commands, "train", "learn the mixing weights and write the merged model")
     _add_checkpoints(train)
     _add_data(train)
     _add_learning(train)
     _add_output(train)
     _add_run(train)
 
-    run = _command(commands, "run", _run, "the same from a recipe file")
+    run = _command(commands, "run", "the same from a recipe file")
     run.add_argument("recipe", metavar="RECIPE.yaml")
     run.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as learn.lr=0.03 output.path=merged")
     _add_run(run)
 
-    average = _command(commands, "average", _average, "merge with fixed or chosen weights")
+    average = _command(commands, "average", "merge with fixed or chosen weights")
     _add_checkpoints(average)
     average.add_argument("--weights", type=_numbers, help="comma-separated, one for each checkpoint; scaled to sum one")
     average.add_argument(
@@ -84,31 +78,31 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(average, required=False)
     _add_output(average)
 
-    apply = _command(commands, "apply", _apply, "write the merge of a saved table")
+    apply = _command(commands, "apply", "write the merge of a saved table")
     apply.add_argument("weights", metavar="WEIGHTS", help="mixing_weights.safetensors, or the folder that holds it")
     _add_checkpoints(apply)
     _add_output(apply)
 
-    evaluate = _command(commands, "evaluate", _evaluate, "score checkpoints as they are")
+    evaluate = _command(commands, "evaluate", "score checkpoints as they are")
     _add_checkpoints(evaluate)
     _add_data(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    inspect = _command(commands, "inspect", _inspect, "are these mergeable? reads headers and configs")
+    inspect = _command(commands, "inspect", "are these mergeable? reads headers and configs")
     _add_checkpoints(inspect)
     inspect.add_argument("--granularity", default="layer", help="which groups to list (default layer)")
     inspect.add_argument("--distances", action="store_true", help="also read the weights and print distances")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    demo = _command(commands, "demo", _demo, "all of it on handwritten digits, offline, in under two minutes")
+    demo = _command(commands, "demo", "all of it on handwritten digits, offline, in under two minutes")
     demo.add_argument("--keep", metavar="DIR", default="twa-merge-demo", help="where checkpoints and merge are kept")
     demo.add_argument("--seed", type=int, default=0)
     return parser
 
 
-def _command(commands: Any, name: str, handler: Any, about: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
-    parser.set_defaults(handler=handler)
+    parser.set_defaults(handler=getattr(twa_merge.commands, name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -168,199 +162,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected comma-separated numbers, got {text!r}") from None
-
-
-# --- handlers ---------------------------------------------------------------------------------------------------
-
-
-def _train(args: argparse.Namespace) -> None:
-    _run_and_print(_recipe(args), args)
-
-
-def _run(args: argparse.Namespace) -> None:
-    from twa_merge.recipe import load_recipe
-
-    _run_and_print(load_recipe(args.recipe, args.overrides), args)
-
-
-def _run_and_print(recipe: Recipe, args: argparse.Namespace) -> None:
-    _quiet_libraries()
-    from twa_merge.runner import run_recipe
-
-    result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print_result(result, as_json=args.json)
-    _end_processes()
-
-
-def _end_processes() -> None:
-    """Take down the process group of torchrun; left alone, its threads abort or hang the interpreter's exit."""
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def print_result(result: Result, *, as_json: bool = False) -> None:
-    """Print the league table, what ships and where the report is."""
-    from twa_merge.report import league_table, legend, summary
-
-    if as_json:
-        print(json.dumps(summary(result), indent=2))
-        return
-    print(league_table(result.league, result.verdict.winner))
-    print(f"\n{legend(result)}\n{result.verdict.reason}.")
-    if result.output is not None:
-        print(f"merged model and report: {result.output}/ (report.md, league.png)")
-
-
-def _average(args: argparse.Namespace) -> None:
-    from twa_merge.checkpoints import Soup, require_several
-    from twa_merge.publish import check_output
-
-    soup = Soup(args.checkpoints, allow_pickle=args.allow_pickle)
-    require_several(soup.labels)
-    check_output(Path(args.output), soup, overwrite=args.overwrite)
-    _write(soup, _fixed_weights(args, soup), args)
-
-
-def _fixed_weights(args: argparse.Namespace, soup: Soup) -> MixingWeights:
-    from twa_merge import mixing
-
-    if args.weights is not None:
-        if args.method is not None:
-            raise UserError("--weights and --method exclude each other")
-        return mixing.given(args.weights, soup.labels)
-    if args.method == "last":
-        return mixing.last_k(args.last if args.last is not None else max(1, len(soup) // 2), soup.labels)
-    if args.method == "ema":
-        return mixing.ema(args.decay if args.decay is not None else 0.9, soup.labels)
-    if args.method in ("greedy", "best"):
-        if args.data is None:
-            raise UserError(f"--method {args.method} chooses by held-out data: add --data")
-        _quiet_libraries()
-        from twa_merge.runner import choose_baseline
-
-        return choose_baseline(_recipe(args), soup, args.method)
-    return mixing.uniform(soup.labels)
-
-
-def _apply(args: argparse.Namespace) -> None:
-    from twa_merge.checkpoints import Soup
-    from twa_merge.mixing import MixingWeights
-
-    weights = MixingWeights.load(args.weights)
-    soup = Soup(args.checkpoints, allow_pickle=args.allow_pickle)
-    _write(soup, weights, args)
-
-
-def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None:
-    from twa_merge.writer import MAX_SHARD_BYTES, output_dtype, write
-
-    write(
-        soup,
-        weights,
-        args.output,
-        dtype=output_dtype(args.dtype),
-        max_shard_bytes=int(args.max_shard_gb * 1e9) if args.max_shard_gb else MAX_SHARD_BYTES,
-        overwrite=args.overwrite,
-        progress=True,
-    )
-    for note in soup.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"merged {len(soup)} checkpoints: {args.output}/")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    _quiet_libraries()
-    from twa_merge.report import aligned, scores_text
-    from twa_merge.runner import evaluate_checkpoints
-
-    found = evaluate_checkpoints(_recipe(args))
-    if args.json:
-        rows = {
-            label: {"loss": e.loss.value, **{m.name: e.metric(m.name).value for m in e.metrics}}
-            for label, e in found.items()
-        }
-        print(json.dumps(rows, indent=2))
-        return
-    names = [m.name for m in next(iter(found.values())).metrics]
-    table = [["", "loss", *names]]
-    table += [[k, scores_text(e.loss), *(scores_text(e.metric(n)) for n in names)] for k, e in found.items()]
-    print(aligned(table))
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    from twa_merge.checkpoints import Soup
-    from twa_merge.inspection import inspect_soup, inspection_text
-
-    about = inspect_soup(
-        Soup(args.checkpoints, allow_pickle=args.allow_pickle), args.granularity, distances=args.distances
-    )
-    print(json.dumps(about, indent=2) if args.json else inspection_text(about))
-
-
-def _demo(args: argparse.Namespace) -> None:
-    _quiet_libraries()
-    from twa_merge.demo import run_demo
-
-    print_result(run_demo(Path(args.keep), args.seed))
-    print(f"try next: twa-merge inspect '{args.keep}/members/*'")
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    """Return the recipe of `train`'s flags: only what the user gave, defaults stay in the recipe."""
-    from twa_merge.recipe import from_dict
-
-    def given(**flags: str) -> dict[str, Any]:
-        found = {key: getattr(args, flag, None) for key, flag in flags.items()}
-        return {key: value for key, value in found.items() if value is not None}
-
-    columns = dict(_pair(text) for text in args.column)
-    data = given(path="data", split="split", train_split="train_split", test_split="test_split", metrics="metric")
-    learn_flags = [
-        "granularity",
-        "coordinates",
-        "start",
-        "lr",
-        "epochs",
-        "steps",
-        "batch_size",
-        "accumulation",
-        "mixed_precision",
-        "gradient_checkpointing",
-        "seed",
-    ]
-    content: dict[str, Any] = {
-        "checkpoints": args.checkpoints,
-        "data": data | given(max_length="max_length") | ({"columns": columns} if columns else {}),
-        "learn": given(**{flag: flag for flag in learn_flags}),
-        "output": given(path="output", dtype="dtype", max_shard_gb="max_shard_gb"),
-        "allow_pickle": args.allow_pickle,
-        "ordered": getattr(args, "ordered", False),
-    }
-    return from_dict(content | given(task="task", eval_batch_size="eval_batch_size", device="device"), "arguments")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    role, equals, column = text.partition("=")
-    if not equals:
-        raise UserError(f"--column: expected ROLE=NAME, such as text=sentence, got {text!r}")
-    return role, column
-
-
-def _quiet_libraries() -> None:
-    """Libraries' own bars and advice would bury ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with contextlib.suppress(ImportError):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with contextlib.suppress(ImportError):
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from twa_merge.recipe import DataConfig, OutputConfig, Recipe
 from twa_merge.runner import run_recipe
 
 if TYPE_CHECKING:
-    from twa_merge.runner import Result
+    from twa_merge.job import Result
 
 NUM_MEMBERS = 8
 SPLITS = {"train": 797, "validation": 400, "test": 600}

@@ -16,8 +16,7 @@ from twa_merge.checkpoints import Soup
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
-from twa_merge.tasks import Task
-from twa_merge.training import to_device
+from twa_merge.tasks import Task, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

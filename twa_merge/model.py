@@ -20,6 +20,7 @@ from twa_merge import batchnorm
 from twa_merge.basis import Basis
 from twa_merge.dropout import restore_dropout, switch_off_dropout
 from twa_merge.errors import UserError
+from twa_merge.links import install_links, unlinked
 from twa_merge.mixing import MixingWeights
 
 COORDINATES = ("relative", "normalized")
@@ -67,7 +68,11 @@ class MergedModel(nn.Module):
         scale = torch.ones_like(norms) if coordinates == "relative" else norms.clamp_min(1e-300).reciprocal()
         _hide(self, _scale=torch.where(norms > 0, scale, 0.0))
         self.twa_coefficients = nn.Parameter(torch.zeros(norms.shape, dtype=torch.float32))
-        _hide(self, _links=_install_links(module, self), _dropout=switch_off_dropout(module))
+        learnable = {name for name in basis.blocks if self._position[basis.row_of(name)] >= 0}
+        _hide(self, _links=install_links(module, self.twa_coefficients, learnable, self._project))
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        _hide(self, _dropout=switch_off_dropout(module))
         self.__class__ = _with_signature_of(type(self), module)
         self.start_from(start)
 
@@ -140,7 +145,7 @@ class MergedModel(nn.Module):
                 _hide(self, _combined=None)
                 batchnorm.load_statistics(self.module, dict(weights.statistics))
         try:
-            with _unlinked(self._links):
+            with unlinked(self._links):
                 yield self.module
         finally:
             batchnorm.load_statistics(self.module, before)
@@ -180,18 +185,12 @@ class MergedModel(nn.Module):
         self.module.train(mode)
         return self
 
-    def _linked(self, name: str, parameter: Tensor) -> Tensor:
-        position = self._position[self.basis.row_of(name)]
-        if position < 0:  # a group in which all checkpoints are equal has no direction
-            return parameter
-
-        def project(grad: Tensor) -> Tensor:
-            rows = torch.zeros_like(self.twa_coefficients)
-            rows[position] = self.basis.project(name, grad) * self._scale[position].to(rows)
-            return rows
-
-        linked: Tensor = _Link.apply(self.twa_coefficients, parameter, project)  # type: ignore[no-untyped-call]
-        return linked
+    def _project(self, name: str, grad: Tensor) -> Tensor:
+        """Return the coefficients' gradient, zero outside the parameter's group, from a parameter's own (eq. 6)."""
+        row = self._position[self.basis.row_of(name)]
+        grad_GN = torch.zeros_like(self.twa_coefficients)
+        grad_GN[row] = self.basis.project(name, grad) * self._scale[row].to(grad_GN)
+        return grad_GN
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -210,81 +209,10 @@ class MergedModel(nn.Module):
         return self
 
 
-class _Link(torch.autograd.Function):
-    """Hands on a weight; its backward projects the weight's gradient on the basis (eq. 6)."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, parameter: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.project = project
-        # detach, not .data: the shared version counter reports a rewrite while a graph is open
-        return parameter.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.project(grads[0]), None, None
-
-
-class _LinkedParameters(dict):  # type: ignore[type-arg]
-    """A module's `_parameters`, whose items read one by one are linked views.
-
-    `nn.Module.__getattr__` reads single items; state dicts, `named_parameters` and `_apply` iterate and so see the
-    parameters themselves. Links must be made where the weight is read, not up front: autograd runs nodes in the
-    reverse of their making, and links made first would keep every weight gradient alive to the end.
-    """
-
-    def __init__(self, owner: nn.Module, model: MergedModel, names: dict[str, str]) -> None:
-        super().__init__(owner._parameters)
-        self.owner, self.model, self.names, self.enabled = owner, model, names, True
-
-    def __getitem__(self, key: str) -> Any:
-        parameter = super().__getitem__(key)
-        name = self.names.get(key)
-        if name is None or not self.enabled or not torch.is_grad_enabled():
-            return parameter
-        return self.model._linked(name, parameter)
-
-    def remove(self) -> None:
-        """Make the module's parameters plain again."""
-        self.owner._parameters = dict(self)
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)  # copies and pickles of the module are plain modules
-
-
 def _hide(model: MergedModel, **attributes: Any) -> None:
     """Set attributes that `nn.Module` must not register as submodules, parameters or buffers."""
     for name, value in attributes.items():
         object.__setattr__(model, name, value)
-
-
-def _install_links(module: nn.Module, model: MergedModel) -> list[_LinkedParameters]:
-    canonical = {id(p): name for name, p in module.named_parameters() if name in model.basis.blocks}
-    links = []
-    for owner in module.modules():
-        names = {key: canonical[id(p)] for key, p in owner._parameters.items() if id(p) in canonical}
-        if not names:
-            continue
-        if isinstance(owner, nn.RNNBase):
-            raise UserError(
-                f"{type(owner).__name__}: recurrent layers of torch keep a second list of their weights, past which "
-                "coefficients cannot learn; not supported"
-            )
-        owner._parameters = _LinkedParameters(owner, model, names)
-        links.append(owner._parameters)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return links
-
-
-@contextlib.contextmanager
-def _unlinked(links: list[_LinkedParameters]) -> Iterator[None]:
-    for link in links:
-        link.enabled = False
-    try:
-        yield
-    finally:
-        for link in links:
-            link.enabled = True
 
 
 def _with_signature_of(cls: type[MergedModel], module: nn.Module) -> type[MergedModel]:

@@ -16,7 +16,7 @@ from twa_merge.plots import plot_curve, plot_league, plot_mixing_weights
 from twa_merge.recipe import Recipe, to_yaml
 
 if TYPE_CHECKING:
-    from twa_merge.runner import Result
+    from twa_merge.job import Result
 
 
 def league_table(candidates: list[Candidate], winner: Candidate | None = None) -> str:

@@ -64,14 +64,9 @@ def logits_of(outputs: Any) -> Tensor:
 
 def to_device(batch: Any, device: Any) -> Any:
     """Return a batch with all tensors in it, however nested, on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, device)
 
 
 def require_rows(dataset: Any) -> Any:

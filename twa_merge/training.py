@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from twa_merge.batches import load_batches
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
 from twa_merge.model import MergedModel
@@ -122,7 +123,7 @@ def learn(
         run.evaluate(score, 0, math.nan)
         run.save(state_file)
     every = max(1, math.ceil(total / config.evaluations))
-    batches = _batches(fit, task, config, range(run.step, total), accelerator)
+    batches = load_batches(fit, task, config, range(run.step, total), accelerator)
     recent: list[float] = []
     with _bar(total, run.step, progress and accelerator.is_main_process) as bar:
         model.train()
@@ -256,51 +257,6 @@ def _synchronised(wrapped: Any, last: bool) -> Any:
     import contextlib
 
     return contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
-
-
-def batch_indices(
-    num_samples: int, config: LearnConfig, steps: range, *, rank: int = 0, world: int = 1
-) -> list[list[int]]:
-    """Return the samples of each forward pass of one process, `accumulation` passes for each step.
-
-    Steps read one endless stream of permutations, so a step has the same samples however it is divided, and a resumed
-    run goes on where it stopped.
-    """
-    passes: list[list[int]] = []
-    size = config.batch_size * config.accumulation
-    orders: dict[int, list[int]] = {}
-    for step in steps:
-        chosen = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, offset = divmod(position, num_samples)
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-                orders = {epoch: torch.randperm(num_samples, generator=generator).tolist()}
-            chosen.append(orders[epoch][offset])
-        for first in range(0, size, config.batch_size):
-            passes.append(chosen[first : first + config.batch_size][rank::world])
-    return passes
-
-
-def _batches(
-    fit: Any, task: Task, config: LearnConfig, steps: range, accelerator: Accelerator
-) -> Iterator[list[Batch]]:
-    from torch.utils.data import DataLoader
-
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if config.batch_size < world:
-        raise UserError(f"batch_size: {config.batch_size} is less than the number of processes, {world}")
-    passes = batch_indices(len(fit), config, steps, rank=rank, world=world)
-    loader: Any = iter(DataLoader(fit, batch_sampler=passes, collate_fn=task.collate))  # type: ignore[arg-type]
-    for _ in steps:
-        yield [to_device(next(loader), accelerator.device) for _ in range(config.accumulation)]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch."""
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)
 
 
 def _bar(total: int, done: int, show: bool) -> Any:

@@ -1,0 +1,92 @@
+"""Every tensor of a merge, worked out and checked from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twa_merge.checkpoints import Soup, SoupTensor
+from twa_merge.errors import UserError
+from twa_merge.mixing import MixingWeights
+
+OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def output_dtype(name: str | None) -> torch.dtype | None:
+    """Return the torch dtype of a user's name for it; None stays None."""
+    if name is not None and name not in OUTPUT_DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(OUTPUT_DTYPES)}, got {name!r}")
+    return None if name is None else OUTPUT_DTYPES[name]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """How one tensor of the output is made."""
+
+    source: SoupTensor
+    dtype: torch.dtype
+    weights_N: Tensor
+    """(N,) float64."""
+    value: Tensor | None
+    """A recomputed statistic that takes the place of the merge."""
+    must_be_equal: bool
+    """Integer tensors have no average."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.entries[0].numel * self.dtype.itemsize
+
+
+def plan(soup: Soup, weights: MixingWeights, dtype: torch.dtype | None = None) -> list[PlannedTensor]:
+    """Work out every tensor of the output from headers alone.
+
+    Without `dtype`, floating point tensors keep the dtype of the first checkpoint that has a weight.
+
+    Raises:
+        UserError: the table does not fit the soup.
+    """
+    _require_same_checkpoints(soup, weights)
+    lead = int((weights.table != 0).any(dim=0).to(torch.uint8).argmax())
+    planned = [_plan_tensor(soup, tensor, weights, lead, dtype) for tensor in soup.tensors]
+    # The order of the safetensors library: wide dtypes first, so that every tensor is aligned.
+    return sorted(planned, key=lambda item: (-item.dtype.itemsize, item.source.name))
+
+
+def _require_same_checkpoints(soup: Soup, weights: MixingWeights) -> None:
+    if weights.num_checkpoints != len(soup):
+        raise UserError(
+            f"the mixing weights are for {weights.num_checkpoints} checkpoints ({', '.join(weights.checkpoints)}), "
+            f"got {len(soup)}"
+        )
+    for k, expected in enumerate(weights.fingerprints):
+        if soup.fingerprints[k] == expected:
+            continue
+        hint = "give the checkpoints that the table was made for, in their order"
+        if expected in soup.fingerprints:
+            hint = f"it is {soup.labels[soup.fingerprints.index(expected)]}: the order differs"
+        raise UserError(f"{soup.labels[k]}: is not checkpoint {k + 1} of the table ({weights.checkpoints[k]}); {hint}")
+
+
+def _plan_tensor(
+    soup: Soup, tensor: SoupTensor, weights: MixingWeights, lead: int, dtype: torch.dtype | None
+) -> PlannedTensor:
+    own = tensor.entries[lead].dtype
+    if not tensor.is_float:
+        chosen = torch.zeros(len(soup), dtype=torch.float64)
+        chosen[lead] = 1
+        counter = tensor.name.endswith("num_batches_tracked")
+        return PlannedTensor(tensor, own, chosen, None, must_be_equal=not counter)
+    if not weights.statistics and len(weights.groups) == 1:  # one row fits all: no need to know the module's names
+        return PlannedTensor(tensor, dtype or own, weights.table[0], None, must_be_equal=False)
+    names = soup.parameters_of(tensor.name)
+    value = next((weights.statistics[name] for name in names if name in weights.statistics), None)
+    rows = [weights.row(name) for name in names if weights.knows(name)] or [weights.table.mean(dim=0)]
+    if any(not torch.equal(row, rows[0]) for row in rows[1:]):
+        raise UserError(
+            f"tensor {tensor.name!r} holds {', '.join(names)}, whose mixing weights differ; cannot be split"
+        )
+    if value is not None and tuple(value.shape) != tensor.entries[0].shape:
+        raise UserError(f"statistic {tensor.name!r}: the mixing weights hold shape {list(value.shape)}; another model?")
+    return PlannedTensor(tensor, dtype or own, rows[0], value, must_be_equal=False)
