@@ -156,8 +156,11 @@ def inspect(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     """Make the demo's soup and run the main job on it."""
     _quiet_libraries()
+    import torch
+
     from twa_merge.demo import run_demo
 
+    torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
     print_result(run_demo(Path(args.keep), args.seed))
     print(f"try next: twa-merge inspect '{args.keep}/members/*'")
 
