@@ -1,0 +1,63 @@
+"""Print the tables of docs/results.md from the JSON files of compare.py.
+
+python experiments/table.py results/digits.json results/sst2.json ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean over trials."""
+    generator = np.random.default_rng(0)
+    means = values[generator.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(trials: dict[str, dict[str, Any]]) -> str:
+    """Return the mean over trials of each candidate, and its paired differences to greedy and uniform."""
+    names = list(next(iter(trials.values())))
+    metric = next((m for m in trials[next(iter(trials))][names[0]]["test"] if m != "loss"), None)
+    lines = [
+        f"| | test loss, mean (sd over trials) | test {metric} (se of a trial) | minus greedy [95 %] "
+        "| minus uniform [95 %] | lower than greedy |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in names:
+        rows = [trial[name] for trial in trials.values() if name in trial]
+        losses = np.array([row["test"]["loss"][0] for row in rows])
+        cells = [name, f"{losses.mean():.4f} ({losses.std(ddof=1) if len(losses) > 1 else float('nan'):.4f})"]
+        scores = np.array([row["test"][metric] for row in rows]) if metric else np.zeros((1, 2))
+        cells.append(f"{scores[:, 0].mean():.4f} ({scores[:, 1].mean():.4f})")
+        for other in ("greedy", "uniform"):
+            gaps = np.array([row[f"minus {other}"][0] for row in rows])
+            low, high = interval(gaps)
+            cells.append(f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+        below = sum(row["minus greedy"][0] < 0 for row in rows)
+        lines.append("| " + " | ".join([*cells, f"{below} of {len(rows)}"]) + " |")
+    return "\n".join(lines)
+
+
+def shipped(trials: dict[str, dict[str, Any]]) -> str:
+    """Return what shipped in each trial for each granularity, against the best baseline on the test split."""
+    lines = []
+    for name, trial in trials.items():
+        for row_name, row in trial.items():
+            if "shipped" in row:
+                gap, error = row["shipped_minus_best_baseline"]
+                sigma = f"{gap / error:+.1f} paired se" if error else "the best baseline itself"
+                lines.append(f"- {name}, {row_name}: {row['shipped']} ships, {gap:+.4f} ({sigma})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        found = json.loads(Path(argument).read_text(encoding="utf-8"))["trials"]
+        print(f"## {Path(argument).stem}: {len(found)} trials\n\n{table(found)}\n\n{shipped(found)}\n")
