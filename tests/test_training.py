@@ -178,6 +178,33 @@ def test_two_processes_learn_the_same_table_as_one(soup_folder, tmp_path):
     torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
+TRAINER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from tests.test_training import trained_by_trainer
+folder, out = map(Path, sys.argv[1:])
+model, _, _ = trained_by_trainer(folder, per_device_train_batch_size=4, output_dir=str(out.parent / "trainer"))
+if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    save_file(model.state_dict(), out)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_trainer_on_two_processes_learns_what_one_does(soup_folder, tmp_path):
+    one, _, _ = trained_by_trainer(soup_folder)
+    (tmp_path / "run.py").write_text(TRAINER)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [*launch, str(tmp_path / "run.py"), str(soup_folder), str(tmp_path / "two.safetensors")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_file(tmp_path / "two.safetensors")["twa_coefficients"]
+    torch.testing.assert_close(two, one.twa_coefficients.data, rtol=1e-4, atol=1e-7)
+
+
 def learned_of(output):
     """The learned table of a run, whichever candidate shipped."""
     report = json.loads((output / "report.json").read_text())
