@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.factory import make_soup, make_tokenizer
-from twa_merge.configs import compare_configs, compare_tokenizers, require_full_checkpoint
+from twa_merge.configs import compare_configs, compare_tokenizers
 from twa_merge.errors import UserError
 
 BERT: dict[str, Any] = {
@@ -185,18 +185,6 @@ def test_equal_configs_load_no_model_library(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-def test_adapter_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    message = refused(require_full_checkpoint, tmp_path)
-    assert "LoRA adapters are not supported yet" in message and "merge_and_unload" in message
-
-
-def test_folder_without_config(tmp_path: Path) -> None:
-    require_full_checkpoint(tmp_path)
-    message = refused(require_full_checkpoint, tmp_path, others_have_config=True)
-    assert message.startswith(f"{tmp_path}: no config.json")
 
 
 @pytest.fixture

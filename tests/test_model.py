@@ -256,3 +256,25 @@ def test_a_training_checkpoint_is_no_member(tmp_path):
     save_file(model.state_dict(), folders[1] / "model.safetensors")
     with pytest.raises(UserError, match="coefficients of a merge in training"):
         Soup(folders)
+
+
+def test_aliases_of_a_tie_that_differ_on_disk_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    folders = factory.make_soup("gpt2", tmp_path)
+    for folder in folders:
+        state = factory.read_tensors(folder)
+        state["lm_head.weight"] = state["transformer.wte.weight"] + 1
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"member-0: '.*' is tied to another tensor"):
+        merged_model(Soup(folders))
+
+
+def test_a_module_that_transformers_does_not_know_keeps_the_names_on_disk(tmp_path):
+    import json
+
+    folders = factory.make_soup("tiny_resnet", tmp_path)
+    for folder in folders:
+        (folder / "config.json").write_text(json.dumps({"architectures": ["TinyResNet"], "model_type": "tiny"}))
+    model = merged_model(Soup(folders), factory.TinyResNet())
+    assert "head.weight" in model.mixing_weights().groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,12 @@ class Soup:
 
     @cached_property
     def name_map(self) -> NameMap | None:
-        """Names on disk -> names in the module, for the first checkpoint; None where there is no config."""
-        if self.folder is None or not (self.folder / "config.json").is_file():
+        """Names on disk -> names in the module, for the first checkpoint.
+
+        None where there is no config, or one of a class that transformers does not have: a module given in Python
+        then has the names on disk, or `mergeable_parameters` says which it lacks.
+        """
+        if self.folder is None or not _has_known_class(self.folder):
             return None
         return map_names(meta_module(self.folder), [tensor.name for tensor in self.tensors])
 
@@ -95,7 +100,10 @@ class Soup:
                     f"{self.labels[0]}: {mapped.parameters[0]!r} is put together from several tensors on load (fused "
                     "experts); learning on such models is not supported yet, `average` and `apply` are"
                 )
-            found[mapped.parameters[0]] = tensor
+            twin = found.setdefault(mapped.parameters[0], tensor)
+            for label, a, b in zip(self.labels, twin.entries, tensor.entries, strict=True):
+                if a is not b and not _same_data(a, b):
+                    raise UserError(_untied(label, tensor.name))
         return found
 
     def parameters_of(self, name: str) -> tuple[str, ...]:
@@ -185,6 +193,15 @@ class Soup:
         )
 
 
+def _has_known_class(folder: Path) -> bool:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        return False
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return hasattr(transformers, str(names[0]))
+
+
 def _key(name: str, names: NameMap) -> str:
     mapped = names.mapped.get(name)
     if mapped is None:
@@ -197,9 +214,13 @@ def _by_key(header: Header, names: NameMap, label: str) -> Header:
     for name, entry in header.items():
         key = _key(name, names)
         if key in keyed and not _same_data(keyed[key], entry):
-            raise UserError(f"{label}: {name!r} is tied to another tensor in the config, but differs from it on disk")
+            raise UserError(_untied(label, name))
         keyed.setdefault(key, entry)
     return keyed
+
+
+def _untied(label: str, name: str) -> str:
+    return f"{label}: {name!r} is tied to another tensor by the config, but differs from it on disk; which is right?"
 
 
 def _same_data(a: Entry, b: Entry) -> bool:

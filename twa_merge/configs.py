@@ -59,28 +59,6 @@ def compare_configs(first: Path, other: Path) -> list[str]:
     return [f"{key}: {_show(x)} / {_show(y)}" for key, (x, y) in found.items() if not _functional(key, x, y)]
 
 
-def require_full_checkpoint(folder: Path, *, others_have_config: bool = False) -> None:
-    """Raise unless `folder` can hold a whole model.
-
-    Args:
-        folder: the checkpoint.
-        others_have_config: another checkpoint of the soup has a `config.json`, so this one must have one too.
-
-    Raises:
-        UserError: it is a LoRA adapter, or has no config while others have one.
-    """
-    folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder}: LoRA adapters are not supported yet, expected a full checkpoint: merge it into its base first "
-            "(PeftModel.merge_and_unload, then save_pretrained)"
-        )
-    if others_have_config and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json, but the other checkpoints have one; add it, or leave this checkpoint out"
-        )
-
-
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
