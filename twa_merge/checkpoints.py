@@ -6,35 +6,21 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from twa_merge.alignment import Header, SoupTensor, align, same_data, untied
 from twa_merge.configs import compare_configs, compare_tokenizers
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
 from twa_merge.sources import Source, find_sources
-from twa_merge.tensorfile import Entry, read_head, read_header, read_tensor
+from twa_merge.tensorfile import read_head, read_header, read_tensor
 
 COEFFICIENTS_KEY = "twa_coefficients"
 """The one tensor in a training checkpoint of a `MergedModel`; such a folder is not a model."""
-
-Header = dict[str, Entry]
-
-
-@dataclass(frozen=True)
-class SoupTensor:
-    """One tensor of the merge: its name in the first checkpoint, and where each checkpoint keeps it."""
-
-    name: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def is_float(self) -> bool:
-        return self.entries[0].dtype.is_floating_point
 
 
 class Soup:
@@ -59,9 +45,7 @@ class Soup:
         headers = [self._header(source) for source in self.sources]
         self.notes = _compare_folders(self.sources)
         """Harmless differences between the checkpoints, a line each."""
-        self.tensors = self._align(headers)
-        for tensor in self.tensors:
-            _check_fit(tensor, self.labels)
+        self.tensors = align(headers, self.labels, [source.folder for source in self.sources])
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -102,8 +86,8 @@ class Soup:
                 )
             twin = found.setdefault(mapped.parameters[0], tensor)
             for label, a, b in zip(self.labels, twin.entries, tensor.entries, strict=True):
-                if a is not b and not _same_data(a, b):
-                    raise UserError(_untied(label, tensor.name))
+                if a is not b and not same_data(a, b):
+                    raise UserError(untied(label, tensor.name))
         return found
 
     def parameters_of(self, name: str) -> tuple[str, ...]:
@@ -174,24 +158,6 @@ class Soup:
         save_file({name: value.clone().contiguous() for name, value in state.items()}, target)
         return target
 
-    def _align(self, headers: list[Header]) -> tuple[SoupTensor, ...]:
-        """Find each tensor of the first checkpoint in all others: by its name, or by the parameter it ends up in."""
-        first = headers[0]
-        if all(header.keys() == first.keys() for header in headers):
-            return tuple(SoupTensor(name, tuple(header[name] for header in headers)) for name in first)
-        if any(s.folder is None or not (s.folder / "config.json").is_file() for s in self.sources):
-            raise UserError(_missing(self.labels, [set(header) for header in headers]))
-        maps = [map_names(meta_module(s.folder), h) for s, h in zip(self.sources, headers, strict=True) if s.folder]
-        keyed = [_by_key(h, m, label) for h, m, label in zip(headers, maps, self.labels, strict=True)]
-        if any(entries.keys() != keyed[0].keys() for entries in keyed):
-            raise UserError(_missing(self.labels, [set(entries) for entries in keyed]))
-        keys = {name: _key(name, maps[0]) for name in first}
-        return tuple(
-            SoupTensor(name, (first[name], *(entries[key] for entries in keyed[1:])))
-            for name, key in keys.items()
-            if key in keyed[0]
-        )
-
 
 def _has_known_class(folder: Path) -> bool:
     import transformers
@@ -200,53 +166,6 @@ def _has_known_class(folder: Path) -> bool:
         return False
     names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     return hasattr(transformers, str(names[0]))
-
-
-def _key(name: str, names: NameMap) -> str:
-    mapped = names.mapped.get(name)
-    if mapped is None:
-        return name
-    return " + ".join(mapped.parameters) + (f" [{mapped.part}]" if mapped.part is not None else "")
-
-
-def _by_key(header: Header, names: NameMap, label: str) -> Header:
-    keyed: Header = {}
-    for name, entry in header.items():
-        key = _key(name, names)
-        if key in keyed and not _same_data(keyed[key], entry):
-            raise UserError(_untied(label, name))
-        keyed.setdefault(key, entry)
-    return keyed
-
-
-def _untied(label: str, name: str) -> str:
-    return f"{label}: {name!r} is tied to another tensor by the config, but differs from it on disk; which is right?"
-
-
-def _same_data(a: Entry, b: Entry) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(read_tensor(a), read_tensor(b))
-
-
-def _missing(labels: Sequence[str], names: Sequence[set[str]]) -> str:
-    for label, present in zip(labels[1:], names[1:], strict=True):
-        for name in sorted(names[0] - present):
-            return f"tensor {name!r} is in {labels[0]} but missing in {label}: checkpoints of one architecture expected"
-        for name in sorted(present - names[0]):
-            return f"tensor {name!r} is in {label} but missing in {labels[0]}: checkpoints of one architecture expected"
-    raise AssertionError("no difference")
-
-
-def _check_fit(tensor: SoupTensor, labels: Sequence[str]) -> None:
-    first = tensor.entries[0]
-    for label, entry in zip(labels[1:], tensor.entries[1:], strict=True):
-        if entry.shape != first.shape:
-            hint = " (another vocabulary or head?)" if entry.shape[1:] == first.shape[1:] else ""
-            raise UserError(
-                f"tensor {tensor.name!r} has shape {list(first.shape)} in {labels[0]} "
-                f"but {list(entry.shape)} in {label}{hint}"
-            )
-        if entry.dtype.is_floating_point != first.dtype.is_floating_point:
-            raise UserError(f"tensor {tensor.name!r} is {first.dtype} in {labels[0]} but {entry.dtype} in {label}")
 
 
 def _compare_folders(sources: Sequence[Source]) -> list[str]:

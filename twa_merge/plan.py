@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twa_merge.checkpoints import Soup, SoupTensor
+from twa_merge.alignment import SoupTensor
+from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.mixing import MixingWeights
 

@@ -16,7 +16,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from twa_merge.checkpoints import Soup, SoupTensor
+from twa_merge.alignment import SoupTensor
+from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import PlannedTensor, plan
