@@ -78,6 +78,14 @@ def test_train_leaves_a_model_a_report_and_a_recipe_that_runs_again(work, capsys
     assert not [p for p in work.iterdir() if p.name.startswith(".")]
 
 
+def test_learning_on_a_training_split_with_snapshots_in_order(work, capsys):
+    write_rows(work / "data/train.csv", factory.text_rows(50, seed=2))
+    assert main([*train_args(), "--train-split", "train", "--ordered", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"last-k (LAWA)", "EMA", "TWA by layer"} <= {c["name"] for c in report["league"]}
+    assert report["samples"]["select"] == 60 and report["cross_fitting_folds"] is None
+
+
 def test_average_and_its_methods(work):
     states = [load_file(f"{m}/model.safetensors") for m in members()]
     assert main(["average", *members(), "--output", "uniform"]) == 0

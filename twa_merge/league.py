@@ -191,10 +191,10 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
     gain = paired_difference(baseline.select, best.select)
     measured = f"select loss {gain.value:+.4f} ± {gain.standard_error:.4f} lower than that of {baseline.name}"
     if gain.value > margin * gain.standard_error:
-        return Verdict(best, f"{best.name}: {measured}, more than the margin of {margin:g} standard errors")
+        return Verdict(best, f"{best.name}: {measured}, more than the margin of {margin:g} paired se")
     return Verdict(
         baseline,
-        f"{baseline.name} ships: {best.name} has {measured}, which is not more than {margin:g} standard errors",
+        f"{baseline.name} ships: {best.name} has {measured}, which is not more than the margin of {margin:g} paired se",
     )
 
 

@@ -157,7 +157,13 @@ def report_text(result: Result, soup: Soup) -> str:
 
 def legend(result: Result) -> str:
     """Return how to read the table."""
-    if len(result.folds) > 1:
+    fit, select_part = result.folds[0]
+    if fit == select_part:
+        select = (
+            f"learned on the training split; the fixed merges are chosen, and all are compared, on the same "
+            f"{len(select_part)} held-out samples, which favours the fixed ones"
+        )
+    elif len(result.folds) > 1:
         select = (
             f"cross-fitting over {len(result.folds)} folds: each fold's choice is scored on samples it has not seen, "
             "and the final table is the mean of the folds' tables"
@@ -191,7 +197,7 @@ def model_card(result: Result, soup: Soup, recipe: Recipe) -> str:
         "# Merged model",
         "",
         f"A merge of {len(names)} checkpoints of one architecture by `twa-merge`, with mixing weights for each of "
-        f"{len(result.weights.groups)} groups of parameters (`mixing_weights.json`): trainable weight averaging, "
+        f"{len(result.weights.groups)} group(s) of parameters (`mixing_weights.json`): trainable weight averaging, "
         "arXiv 2205.13104.",
         "",
         result.verdict.reason + ".",
