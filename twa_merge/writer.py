@@ -191,4 +191,8 @@ def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=2, disable=None) as bar:
-        yield bar.update
+
+        def advance(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield advance

@@ -30,7 +30,7 @@ def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:
 def main() -> None:
     """Train and leave `checkpoint-*` folders."""
     args = arguments(__doc__, members=10)
-    if len(list(args.output.glob("checkpoint-*"))) == args.members:
+    if (args.output / f"checkpoint-{STEPS}").exists():
         return
     tokenizer = tokenizer_of(args.data / "wikitext-2/train.txt")
     texts = load_dataset("text", data_files={"train": str(args.data / "wikitext-2/train.txt")})["train"]["text"]
