@@ -1,6 +1,6 @@
 """`twa-merge average` of GPT-2-small checkpoints beside the least work there is, as ratios in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/average.py --folder /var/tmp/gpt2-soup
+    OMP_NUM_THREADS=1 python benchmarks/average.py --folder gpt2-soup
 
 The floor is one process that imports torch, reads five files and writes one. mergekit's `linear` on the same files
 joins in with `--mergekit PATH`, its `mergekit-yaml` (in an environment of its own). The commands take turns; whole

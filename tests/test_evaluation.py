@@ -34,7 +34,7 @@ def made_up(losses, weights=None):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_losses_and_predictions_in_the_order_of_the_dataset(batch_size, num_workers):
     if num_workers and batch_size != 4:
-        pytest.skip("one case is enough")
+        return
     module, data, inputs, targets = plain()
     found = evaluate(
         module, data, module_task(functional.cross_entropy), batch_size=batch_size, num_workers=num_workers
