@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as learn.lr=0.03 output.path=merged")
     _add_run(run)
 
+    _add_fixed_commands(commands)
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_fixed_commands(commands: Any) -> None:
     average = _command(commands, "average", "merge with fixed or chosen weights")
     _add_checkpoints(average)
     average.add_argument("--weights", type=_numbers, help="comma-separated, one for each checkpoint; scaled to sum one")
@@ -83,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoints(apply)
     _add_output(apply)
 
+
+def _add_other_commands(commands: Any) -> None:
     evaluate = _command(commands, "evaluate", "score checkpoints as they are")
     _add_checkpoints(evaluate)
     _add_data(evaluate)
@@ -97,7 +105,6 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", "all of it on handwritten digits, offline, in under two minutes")
     demo.add_argument("--keep", metavar="DIR", default="twa-merge-demo", help="where checkpoints and merge are kept")
     demo.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
