@@ -273,3 +273,17 @@ def test_the_options_of_the_command_line_are_frozen():
     options = {name: sorted(o for a in p._actions for o in a.option_strings) for name, p in actions.items()}
     frozen = json.loads(Path(__file__).with_name("cli_options.json").read_text())
     assert options == frozen
+
+
+def test_the_help_of_train_states_the_defaults_that_hold():
+    import dataclasses
+    import re
+
+    from twa_merge.recipe import Recipe
+
+    actions = build_parser()._subparsers._group_actions[0].choices["train"]._actions
+    stated = {a.dest: match[1] for a in actions if (match := re.search(r"\(default (\S+)\)", a.help or ""))}
+    recipe = Recipe()
+    held = {"margin": recipe.margin, **dataclasses.asdict(recipe.learn)}
+    assert len(stated) >= 9
+    assert stated == {name: str(held[name]) for name in stated}

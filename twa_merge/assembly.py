@@ -86,7 +86,7 @@ def make_task(recipe: Recipe, soup: Soup) -> Task:
     """Return the task of a recipe."""
     folder, config = config_folder(soup), recipe.data
     if config.preprocess is not None:
-        return custom_task(load_function(config.preprocess), folder)
+        return custom_task(load_function(config.preprocess), folder, metrics=config.metrics or ())
     name = recipe.task or guess_task(architectures(folder))
     return build_task(name, folder, columns=config.columns, max_length=config.max_length, metrics=config.metrics)
 

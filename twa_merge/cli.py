@@ -6,14 +6,11 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import twa_merge.commands
 from twa_merge import __version__
 from twa_merge.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(args, error, "interrupted; nothing was written" + _resume_hint(args), 130)
     except OSError as error:
-        return _fail(args, error, f"{error.filename or 'system'}: {error.strerror or error}" + _resume_hint(args), 1)
+        where = error.filename or "could not read or write"
+        return _fail(args, error, f"{where}: {error.strerror or error}" + _resume_hint(args), 1)
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
         return _fail(args, error, f"{type(error).__name__}: {''.join(first)} (--debug shows where)", 1)
@@ -135,18 +133,21 @@ def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-split", help="learn on this training split (TWA-t)")
     parser.add_argument("--test-split", help="scored once, at the end")
-    parser.add_argument("--granularity", help="model, layer or tensor")
-    parser.add_argument("--coordinates", help="relative or normalized")
-    parser.add_argument("--start", help="uniform, greedy or best")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--accumulation", type=int)
-    parser.add_argument("--mixed-precision", help="no, bf16 or fp16")
+    parser.add_argument("--granularity", help="what shares weights: model, layer or tensor (default tensor)")
+    parser.add_argument("--coordinates", help="relative or normalized (default relative)")
+    parser.add_argument("--start", help="uniform, greedy or best (default uniform)")
+    parser.add_argument("--lr", type=float, help="of AdamW, with warm-up and cosine (default 0.03)")
+    parser.add_argument("--epochs", type=float, help="over the fit part, at least 100 steps (default 5)")
+    parser.add_argument("--steps", type=int, help="in place of epochs")
+    parser.add_argument("--batch-size", type=int, help="samples of a forward pass, all processes together (default 32)")
+    parser.add_argument("--accumulation", type=int, help="forward passes in a step (default 1)")
+    parser.add_argument("--mixed-precision", help="no, bf16 or fp16 (default no)")
     parser.add_argument("--gradient-checkpointing", action="store_true", default=None)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of the data's order and division (default 0)")
     parser.add_argument("--ordered", action="store_true", help="snapshots of one run in order: LAWA and EMA join in")
+    parser.add_argument(
+        "--margin", type=float, help="paired standard errors to beat the best baseline by, or it ships (default 1.0)"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

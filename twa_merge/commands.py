@@ -196,7 +196,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "allow_pickle": args.allow_pickle,
         "ordered": getattr(args, "ordered", False),
     }
-    return from_dict(content | given(task="task", eval_batch_size="eval_batch_size", device="device"), "arguments")
+    content |= given(task="task", eval_batch_size="eval_batch_size", device="device", margin="margin")
+    return from_dict(content, "arguments")
 
 
 def _pair(text: str) -> tuple[str, str]:

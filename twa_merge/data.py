@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from twa_merge.data_hub import first_line, load_from_hub
-from twa_merge.errors import UserError
+from twa_merge.errors import UserError, raise_disk_failure
 
 _READERS = {
     ".csv": "csv",
@@ -148,6 +148,7 @@ def _load(path: Path, reader: str, files: list[str], **options: Any) -> Any:
     try:
         return datasets.load_dataset(reader, data_files={"train": files}, split="train", **options)
     except Exception as error:  # readers raise whatever pandas, pyarrow or decoders raise
+        raise_disk_failure(error)
         if "corresponds to no data" in str(error):
             raise UserError(f"data {path}: has no rows; expected at least one") from error
         raise UserError(f"data {path}: not readable as {reader} ({first_line(error)}); check the file") from error
@@ -165,6 +166,7 @@ def _open_folder(path: Path, split: str | None) -> Any:
             return _select(path, {_own_split(dataset): lambda: dataset}, split)
         builder = datasets.load_dataset_builder(str(path))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise_disk_failure(error)
         raise UserError(
             f"data {path}: no data found in this folder ({first_line(error)}); expected files named by split "
             "(train.csv, ...), folders of images by class, or what save_to_disk wrote"
@@ -185,6 +187,7 @@ def _load_all(path: Path) -> Any:
     try:
         return datasets.load_dataset(str(path))
     except Exception as error:  # readers raise whatever pandas, pyarrow or decoders raise
+        raise_disk_failure(error)
         raise UserError(f"data {path}: not readable ({first_line(error)}); check the folder") from error
 
 

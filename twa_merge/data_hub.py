@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twa_merge.errors import UserError
+from twa_merge.errors import UserError, raise_disk_failure
 
 
 def load_from_hub(source: str, split: str | None, *, name: str | None, revision: str | None) -> Any:
@@ -20,6 +20,7 @@ def load_from_hub(source: str, split: str | None, *, name: str | None, revision:
     try:
         return datasets.load_dataset(source, name, revision=revision, split=split)
     except Exception as error:  # transport errors share no public base class
+        raise_disk_failure(error)
         wanted = "it" if split is None else f"its split {split!r}"
         raise UserError(f"data {source}: the Hub did not give {wanted} ({first_line(error)})") from error
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +28,6 @@ from twa_merge.recipe import Recipe
 from twa_merge.tasks import Task
 from twa_merge.training import Learned, best_evaluation, learn
 from twa_merge.writer import write
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def league_table(candidates: list[Candidate], winner: Candidate | None = None) -> str:
     """Return the league table as Markdown: loss and metrics with standard errors on each part, passes."""
     parts = ["fit", "select"] + (["test"] if any(c.test for c in candidates) else [])
-    metrics = [metric.name for metric in candidates[0].select.metrics if not metric.from_loss]
+    metrics = [metric.name for metric in candidates[0].select.metrics]
     header = ["", *(f"{part} loss" for part in parts), *(f"{part} {name}" for name in metrics for part in parts[1:])]
     rows = [[*header, "passes"]]
     for c in candidates:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twa_merge.errors import UserError
+from twa_merge.errors import UserError, raise_disk_failure
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_ALLOW = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -135,6 +135,7 @@ def _hub(label: str, repo: str, revision: str | None) -> Source:
             snapshot_download(repo, revision=revision, allow_patterns=_HUB_ALLOW, ignore_patterns=_HUB_IGNORE)
         )
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise_disk_failure(error)
         raise UserError(_hub_failure(label, error)) from error
     except Exception as error:  # the transport's own errors share no public base class with OSError
         if "connect" not in type(error).__name__.lower() and "timeout" not in type(error).__name__.lower():

@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
-CONTEXT, VOCAB, STEPS = 128, 4096, 700
+CONTEXT, VOCAB, STEPS = 128, 4096, 2000
 
 
 def tokenizer_of(text: Path) -> PreTrainedTokenizerFast:

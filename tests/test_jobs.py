@@ -1,0 +1,187 @@
+"""The whole job for every kind of task: folders and data in, a merged folder out that transformers takes up again."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import factory, tiny_tasks
+from twa_merge.cli import main
+
+LEARN = ["--steps", "4", "--batch-size", "8", "--granularity", "layer", "--device", "cpu"]
+
+
+def soup_of(save, folder, n=3, **options):
+    """Save a tiny checkpoint of `tiny_tasks` and its neighbours."""
+    members = [folder / f"member-{k}" for k in range(n)]
+    for k, member in enumerate(members):
+        save(member, **options)
+        state = load_file(member / "model.safetensors")
+        generator = torch.Generator().manual_seed(k)
+        state = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
+        save_file(state, member / "model.safetensors", {"format": "pt"})
+    return list(map(str, members))
+
+
+def rows_of(task, count=30):
+    texts = tiny_tasks.texts(count)
+    if task == "causal-lm":
+        return [{"text": text} for text in tiny_tasks.texts(4 * count)]
+    if task == "seq2seq":
+        return [{"source": a, "target": b} for a, b in zip(texts, tiny_tasks.texts(count, seed=1), strict=True)]
+    if task == "regression":
+        return [{"text": text, "label": len(text) / 10} for text in texts]
+    if task == "multi-label":
+        return [{"text": text, "labels": [float("cat" in text), float("dog" in text)]} for text in texts]
+    return [{"text": text, "label": len(text) % 2} for text in texts]
+
+
+TASKS = {
+    "causal-lm": (tiny_tasks.save_gpt2, {}, "perplexity"),
+    "seq2seq": (tiny_tasks.save_t5, {}, "perplexity"),
+    "regression": (tiny_tasks.save_bert, {"num_labels": 1, "problem_type": "regression"}, "mse"),
+    "multi-label": (tiny_tasks.save_bert, {"num_labels": 2, "problem_type": "multi_label_classification"}, "f1"),
+}
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_task_from_folders_to_a_merged_folder(tmp_path, monkeypatch, capsys, task):
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    save, options, metric = TASKS[task]
+    members = soup_of(save, Path("soup"), **options)
+    for split in ("validation", "test"):
+        Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
+    Path("data").mkdir()
+    for split in ("validation", "test"):
+        Path(f"{split}.jsonl").rename(f"data/{split}.jsonl")
+    more = ["--max-length", "16"] if task == "causal-lm" else []
+    command = ["train", *members, "--data", "data", "--split", "validation", "--test-split", "test", "--output", "out"]
+    assert main([*command, *LEARN, *more]) == 0, capsys.readouterr().err
+    assert metric in capsys.readouterr().out
+    report = json.loads(Path("out/report.json").read_text())
+    learned = next(c for c in report["league"] if c["learned"])
+    uniform = next(c for c in report["league"] if c["name"] == "uniform")
+    assert np.isfinite(learned["test"]["loss"]["value"])
+    assert learned["fit"]["loss"]["value"] != uniform["fit"]["loss"]["value"]
+    name = json.loads(Path("out/config.json").read_text())["architectures"][0]
+    _, about = getattr(transformers, name).from_pretrained("out", output_loading_info=True)
+    assert not about["missing_keys"] and not about["unexpected_keys"]
+    assert main(["evaluate", "out", *members, "--data", "data", "--split", "test", *more]) == 0
+
+
+def test_a_class_folder_of_images(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    members = soup_of(tiny_tasks.save_vit, Path("soup"), id2label={0: "dark", 1: "light"})
+    generator = np.random.default_rng(0)
+    for split in ("validation", "test"):
+        for label, low in (("dark", 0), ("light", 120)):
+            folder = Path("data", split, label)
+            folder.mkdir(parents=True)
+            for i in range(12):
+                pixels = generator.integers(low, low + 130, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    command = ["train", *members, "--data", "data", "--split", "validation", "--test-split", "test", "--output", "out"]
+    assert main([*command, *LEARN]) == 0
+    assert Path("out/preprocessor_config.json").is_file()
+
+
+HOOK = '''
+import json
+import torch
+
+def features(rows, checkpoint):
+    """Sentences of which the model is to find the words."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    def encode(row):
+        encoded = tokenizer(row["text"], padding="max_length", truncation=True, max_length=16)
+        pairs = zip(encoded["input_ids"], encoded["attention_mask"])
+        return {**encoded, "labels": [token if seen else -100 for token, seen in pairs]}
+    return rows.map(encode, remove_columns=rows.column_names)
+'''
+
+
+def test_the_preprocess_hook_of_a_recipe_brings_a_task_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for member in factory.make_soup("bert_mlm", Path("soup")):
+        factory.make_tokenizer(member)
+    Path("my_hooks.py").write_text(HOOK)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in factory.text_rows(40)))
+    Path("recipe.yaml").write_text(
+        "checkpoints: ['soup/member-*']\n"
+        "data: {path: rows.jsonl, preprocess: 'my_hooks:features'}\n"
+        "learn: {steps: 4, batch_size: 8, granularity: layer}\n"
+        "output: {path: out}\ndevice: cpu\n"
+    )
+    assert main(["run", "recipe.yaml"]) == 0, capsys.readouterr().err
+    report = json.loads(Path("out/report.json").read_text())
+    assert {c["name"] for c in report["league"]} >= {"uniform", "TWA by layer"}
+    assert main(["run", "recipe.yaml", "data.preprocess=my_hooks:nothing", "output.path=other"]) == 2
+    assert "my_hooks:nothing' cannot be imported" in capsys.readouterr().err
+    sys.modules.pop("my_hooks")
+
+
+def test_a_merged_folder_is_fine_tuned_further_and_merged_again(tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+    members = factory.make_soup("bert", tmp_path / "soup")
+    for member in members:
+        factory.make_tokenizer(member)
+    assert main(["average", *map(str, members), "--output", str(tmp_path / "merged")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    encoded = [
+        {**tokenizer(row["text"], padding="max_length", max_length=16), "labels": row["label"]}
+        for row in factory.text_rows(32)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "runs"), max_steps=4, save_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    Trainer(model=model, args=arguments, train_dataset=encoded, processing_class=tokenizer).train()
+    again = [str(tmp_path / "merged"), str(tmp_path / "runs/checkpoint-*")]
+    assert main(["average", *again, "--output", str(tmp_path / "again")]) == 0
+    folders = [tmp_path / "merged", tmp_path / "runs/checkpoint-2", tmp_path / "runs/checkpoint-4"]
+    states = [load_file(folder / "model.safetensors") for folder in folders]
+    merged = load_file(tmp_path / "again/model.safetensors")
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in merged)
+    for name, value in merged.items():
+        reference = sum(state[name].double() for state in states) / 3
+        torch.testing.assert_close(value, reference.float(), rtol=1e-6, atol=1e-7)
+
+
+class Trap:
+    """Unpickled without care, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "executed"))
+
+
+def test_pickles_are_read_only_when_asked_for_and_never_run(tmp_path, capsys):
+    members = factory.make_soup("bert", tmp_path / "soup")
+    assert main(["average", *map(str, members), "--output", str(tmp_path / "expected")]) == 0
+    for member in members:
+        torch.save(load_file(member / "model.safetensors"), member / "pytorch_model.bin")
+        (member / "model.safetensors").unlink()
+    command = ["average", *map(str, members), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "if you trust them, add --allow-pickle" in capsys.readouterr().err
+    assert main([*command, "--allow-pickle"]) == 0
+    expected, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "out"))
+    assert expected.keys() == merged.keys()
+    assert all(torch.equal(expected[name], merged[name]) for name in expected)
+    torch.save({"x": Trap(tmp_path / "executed")}, members[1] / "pytorch_model.bin")
+    capsys.readouterr()
+    assert main([*command[:-1], str(tmp_path / "other"), "--allow-pickle"]) == 2
+    assert str(members[1]) in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "other").exists()
