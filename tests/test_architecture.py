@@ -45,9 +45,7 @@ def test_the_writer_knows_nothing_of_learning():
     assert "accelerate" not in imports("writer")
 
 
-@pytest.mark.parametrize(
-    "module", ["basis", "model", "mixing", "groups", "tensorfile", "dropout", "batchnorm", "links"]
-)
+@pytest.mark.parametrize("module", ["basis", "model", "mixing", "groups", "tensorfile", "dropout", "buffers", "links"])
 def test_the_core_needs_torch_alone(module):
     assert not imports(module) & HEAVY
 

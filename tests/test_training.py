@@ -244,6 +244,43 @@ def test_batchnorm_statistics_are_recomputed_and_travel_with_the_table(tmp_path)
     assert loss == pytest.approx(evaluation, rel=2e-3)
 
 
+class Scaled(torch.nn.Module):
+    """A classifier whose output depends on a floating point buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def test_other_buffers_are_scored_as_they_are_written(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    for k in range(3):
+        module = Scaled()
+        state = {**module.state_dict(), "scale": torch.tensor([1.0 + k, 2.0 - k])}
+        (tmp_path / f"member-{k}").mkdir()
+        save_file(state, tmp_path / f"member-{k}/model.safetensors")
+    soup = Soup([tmp_path / f"member-{k}" for k in range(3)])
+    x = torch.randn(60, 4)
+    y = (x[:, 0] > 0).long()
+    result = twa.train(
+        soup, TensorDataset(x, y), module=Scaled(), loss=F.cross_entropy, steps=3, batch_size=8,
+        recipe=Recipe(data=DataConfig(select_fraction=0.25, min_select=1), device="cpu"),
+    )  # fmt: skip
+    fit = torch.tensor(result.folds[0][0])
+    for candidate in (c for c in result.league if not c.optimistic):  # whose fit part is everything
+        twa.write(soup, candidate.weights, tmp_path / candidate.name)
+        module = Scaled()
+        module.load_state_dict(load_file(tmp_path / candidate.name / "model.safetensors"))
+        loss = F.cross_entropy(module(x[fit]), y[fit]).item()
+        assert candidate.fit.loss.value == pytest.approx(loss, rel=1e-5), candidate.name
+
+
 def pooled_loss(result, y):
     """The winner's loss on all samples, from its fit and select parts."""
     winner = result.verdict.winner

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from twa_merge import buffers
 from twa_merge.basis import build_basis, mergeable_parameters
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
@@ -52,6 +53,7 @@ def merged_model(
         module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, progress=progress)
+    buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start)
 
 

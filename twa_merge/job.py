@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_merge import batchnorm, league
+from twa_merge import buffers, league
 from twa_merge.assembly import config_folder, load_architecture, make_accelerator, make_task, merged_model
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup, require_several
@@ -182,7 +182,7 @@ class Job:
             self.held_out,
             batch_size=self.recipe.eval_batch_size,
             accelerator=self.accelerator,
-            statistics_batches=(lambda: loader) if batchnorm.has_batchnorm(self.model.module) else None,
+            statistics_batches=(lambda: loader) if buffers.has_batchnorm(self.model.module) else None,
             progress=self.progress,
         )
 
@@ -208,7 +208,7 @@ class Job:
 
         def score() -> Evaluation:
             with model.materialized() as module:
-                if batchnorm.has_batchnorm(module):
+                if buffers.has_batchnorm(module):
                     self.scorer._recompute(module)
                 return evaluate(
                     module, select_part, task, batch_size=self.recipe.eval_batch_size, accelerator=self.accelerator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from twa_merge import batchnorm, mixing
+from twa_merge import buffers, mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
@@ -68,23 +68,29 @@ class Scorer:
         self._cache: dict[bytes, Evaluation] = {}
 
     def with_statistics(self, weights: MixingWeights) -> MixingWeights:
-        """Return the table with the running statistics that belong to it: recomputed, or a single checkpoint's own."""
-        if not batchnorm.has_batchnorm(self.model.module) or weights.statistics:
+        """Return the table with the buffers that belong to it.
+
+        BatchNorm's running statistics are recomputed, other floating point buffers averaged; a single checkpoint keeps
+        its own.
+        """
+        if weights.statistics:
             return weights
-        names = batchnorm.statistics(self.model.module)
         only = weights.one_hot_column()
-        if only is not None:
-            return replace(weights, statistics={name: self.soup.read(only, name).float() for name in names})
-        with self.model.materialized(weights) as module:
+        weights_N = weights.table.mean(dim=0) if only is None else weights.table[0]
+        averaged = buffers.averaged(self.model.module, self.soup, weights_N)
+        found = replace(weights, statistics=averaged)
+        if only is not None or not buffers.has_batchnorm(self.model.module):
+            return found
+        with self.model.materialized(found) as module:
             self._recompute(module)
-            return replace(weights, statistics=batchnorm.statistics(module))
+            return replace(weights, statistics=averaged | buffers.statistics(module))
 
     def _recompute(self, module: torch.nn.Module) -> None:
         assert self.statistics_batches is not None
         device = self.accelerator.device
         batches = (to_device(batch, device) for batch in self.statistics_batches())
         with torch.no_grad(), self.accelerator.autocast():
-            batchnorm.recompute(module, batches, self.task.forward)
+            buffers.recompute(module, batches, self.task.forward)
         self.passes += 1
 
     def __call__(self, weights: MixingWeights) -> Evaluation:

@@ -33,7 +33,7 @@ class MixingWeights:
     checkpoints: tuple[str, ...]
     """N labels, in the order of the columns."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Recomputed running statistics (BatchNorm) that replace merged buffers, by name in the module."""
+    """Buffers that replace merged ones, by name in the module: BatchNorm's recomputed running statistics, averages."""
     fingerprints: tuple[str, ...] = ()
     """N hashes of the checkpoints that the table was made for, where known; `apply` checks them."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twa_merge import batchnorm
+from twa_merge import buffers
 from twa_merge.basis import Basis
 from twa_merge.dropout import restore_dropout, switch_off_dropout
 from twa_merge.errors import UserError
@@ -134,21 +134,21 @@ class MergedModel(nn.Module):
     def materialized(self, weights: MixingWeights | None = None) -> Iterator[nn.Module]:
         """Yield the plain module with a merge in place: for evaluation, `generate`, pipelines, scoring of baselines.
 
-        Running statistics are the table's where it has any; other buffers are left as they are.
+        Running statistics and other buffers are the table's where it has any, else left as they are.
         """
-        before = batchnorm.statistics(self.module)
+        before = buffers.float_buffers(self.module)
         with torch.no_grad():
             if weights is None:
                 self.refresh()
             else:
                 self._combine(self._rows_of(weights))
                 _hide(self, _combined=None)
-                batchnorm.load_statistics(self.module, dict(weights.statistics))
+                buffers.load_buffers(self.module, dict(weights.statistics))
         try:
             with unlinked(self._links):
                 yield self.module
         finally:
-            batchnorm.load_statistics(self.module, before)
+            buffers.load_buffers(self.module, before)
 
     def merge_and_unload(self) -> nn.Module:
         """Return the plain module with the current merge in its parameters, as PEFT's method of this name does.

@@ -1,13 +1,17 @@
-"""Running statistics of BatchNorm belong to the weights they were computed with: a merge needs its own."""
+"""Buffers of a merge. Running statistics of BatchNorm belong to the weights they were computed with: a merge needs its
+own. Other floating point buffers are averaged as parameters are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from twa_merge.checkpoints import Soup
 
 
 def has_batchnorm(module: nn.Module) -> bool:
@@ -40,9 +44,28 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def float_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all floating point buffers by name."""
+    return {n: b.detach().cpu().clone() for n, b in module.named_buffers() if b.is_floating_point()}
+
+
+def averaged(module: nn.Module, soup: Soup, weights_N: Sequence[float] | Tensor) -> dict[str, Tensor]:
+    """Return the weighted average over checkpoints of every floating point buffer that they hold."""
+    found = {}
+    for name, own in float_buffers(module).items():
+        if soup.tensor_of(name) is None:
+            continue
+        total = torch.zeros(own.shape, dtype=torch.float64)
+        for k, weight in enumerate(weights_N):
+            if weight != 0:
+                total += float(weight) * soup.read(k, name).double()
+        found[name] = total.to(own.dtype)
+    return found
+
+
 @torch.no_grad()
-def load_statistics(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Put running statistics in place."""
+def load_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Put buffers in place."""
     buffers = dict(module.named_buffers())
     for name, value in values.items():
         buffers[name].copy_(value)
