@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +93,9 @@ def evaluate(
 ) -> Evaluation:
     """Return what a module gives on every sample, in `eval()` mode and without gradients.
 
-    Batches are the same for any number of processes: each process takes a share of them and all get the result. Every
-    process runs the module equally often (a spare batch may run twice), as modules spread over processes need.
+    Batches hold samples of like length, and are the same for any number of processes: each process takes a share of
+    them and all get the result. Every process runs the module equally often (a spare batch may run twice), as modules
+    spread over processes need.
 
     Args:
         module: on the device that the batches are to be moved to; its modes are restored afterwards.
@@ -109,9 +110,10 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"batch_size: expected at least 1, got {batch_size}")
     num_samples, size = len(dataset), batch_size if task.per_sample else 1
-    batches = [list(range(start, min(start + size, num_samples))) for start in range(0, num_samples, size)]
-    if not batches:
+    if num_samples == 0:
         raise UserError("data: nothing to evaluate, the dataset is empty")
+    order = _longest_first(dataset)
+    batches = [order[start : start + size] for start in range(0, num_samples, size)]
     mine = _share(len(batches), accelerator)
     if autocast is None:
         autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
@@ -120,7 +122,7 @@ def evaluate(
     with evaluation_mode(module), torch.no_grad():
         for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
             rows[number] = (number, *_score(module, batch, task, autocast))
-    return _assemble(_gather(list(rows.values()), accelerator), task, num_samples)
+    return _assemble(_gather(list(rows.values()), accelerator), task, num_samples).subset(np.argsort(order))
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Scores:
@@ -203,6 +205,15 @@ def _loader(dataset: Any, batches: list[list[int]], task: Task, num_workers: int
         # without a generator of its own it draws from the global stream, and evaluating would change training
         generator=torch.Generator(),
     )
+
+
+def _longest_first(dataset: Any) -> list[int]:
+    """Return the samples in an order in which batches of token ids hold little padding."""
+    first = dataset[0]
+    if not isinstance(first, Mapping) or not hasattr(first.get("input_ids"), "__len__"):
+        return list(range(len(dataset)))
+    lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    return sorted(range(len(dataset)), key=lambda i: -lengths[i])
 
 
 def _share(num_batches: int, accelerator: Any) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from twa_merge.league import Candidate
 from twa_merge.mixing import MixingWeights
 
@@ -47,18 +49,28 @@ def plot_mixing_weights(weights: MixingWeights, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_curve(curves: list[list[dict[str, float]]], path: Path) -> None:
-    """Draw fit and select loss over the steps, a pair of lines for each fold."""
+def plot_curve(curves: list[list[dict[str, float]]], samples: list[int], best_step: int, path: Path) -> None:
+    """Draw fit and select loss over the steps, and the step that was chosen.
+
+    Args:
+        curves: one for each fold; with several, thin lines, and a thick one for their mean over the select samples.
+        samples: select samples of each fold.
+        best_step: the step whose tables are used.
+    """
     figure, axes = _figure(6.0, 3.6)
-    for number, curve in enumerate(curves):
-        steps = [row["step"] for row in curve]
-        axes.plot(steps, [row["select_loss"] for row in curve], color=_LEARNED, label=None if number else "select")
-        fit = [(row["step"], row["fit_loss"]) for row in curve if row["step"] > 0]
-        axes.plot(*zip(*fit, strict=True), color=_FIXED, alpha=0.7, label=None if number else "fit (while learning)")
+    reached = range(min(map(len, curves)))
+    steps = [curves[0][e]["step"] for e in reached]
+    select = [np.average([curve[e]["select_loss"] for curve in curves], weights=samples) for e in reached]
+    for curve in curves if len(curves) > 1 else ():
+        axes.plot([r["step"] for r in curve], [r["select_loss"] for r in curve], color=_LEARNED, alpha=0.3, lw=0.8)
+    axes.plot(steps, select, color=_LEARNED, lw=2, label="select" + (" (mean of folds)" if len(curves) > 1 else ""))
+    fit = [np.mean([curve[e]["fit_loss"] for curve in curves]) for e in reached if e > 0]
+    axes.plot(steps[1:], fit, color=_FIXED, label="fit (while learning)")
+    axes.axvline(best_step, color="0.4", ls="--", lw=1, label=f"step {best_step} is used")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

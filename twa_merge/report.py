@@ -131,7 +131,8 @@ def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> No
     plot_league(result.league, result.verdict.winner, folder / "league.png")
     learned = next((c for c in result.league if c.learned), result.verdict.winner)
     plot_mixing_weights(learned.weights, folder / "mixing_weights.png")
-    plot_curve([run.curve for run in result.learned], folder / "curve.png")
+    selects = [len(part) for _, part in result.folds]
+    plot_curve([run.curve for run in result.learned], selects, result.best_step, folder / "curve.png")
     (folder / "report.md").write_text(report_text(result, soup), encoding="utf-8")
     (folder / "README.md").write_text(model_card(result, soup, recipe), encoding="utf-8")
 
