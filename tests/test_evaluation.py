@@ -142,15 +142,35 @@ def test_any_number_of_processes_gives_the_same(monkeypatch, num_processes):
     calls, shares = [], []
     handle = module.register_forward_hook(lambda *a: calls.append(1))
     monkeypatch.setattr(evaluation, "_gather", lambda rows, accelerator: shares.append(rows) or rows)
-    monkeypatch.setattr(evaluation, "_assemble", lambda rows, task, num_samples: None)
+    monkeypatch.setattr(evaluation, "_assemble", lambda rows, task, order: None)
     for index in range(num_processes):
         evaluate(module, data, task, batch_size=5, accelerator=Pretend(index, num_processes))
     handle.remove()
     assert len(calls) == num_processes * -(-5 // num_processes)  # equally often in each process
     monkeypatch.undo()
-    found = evaluation._assemble([row for rows in shares for row in rows], task, len(data))
+    found = evaluation._assemble([row for rows in shares for row in rows], task, list(range(len(data))))
     np.testing.assert_array_equal(found.losses_S, expected.losses_S)
     assert found.predictions == expected.predictions and found.references == expected.references
+
+
+def test_sentences_of_any_length_keep_their_places(tmp_path):
+    save_bert(tmp_path)
+    task = build_task("text-classification", tmp_path)
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts(23))]
+    data = task.prepare(datasets.Dataset.from_list(rows))
+    module = load_module("text-classification", tmp_path)
+    together = evaluate(module, data, task, batch_size=4)
+    alone = [evaluate(module, data.select([i]), task, batch_size=1) for i in range(len(data))]
+    np.testing.assert_allclose(together.losses_S, [e.losses_S[0] for e in alone], rtol=1e-5)
+    assert together.predictions == [e.predictions[0] for e in alone]
+    assert together.references == [row["label"] for row in rows]
+    shapes = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    evaluate(module, data, task, batch_size=4)
+    handle.remove()
+    assert shapes == sorted(shapes, reverse=True) and shapes[-1] < shapes[0]
 
 
 def _in_each_process(rank, path):

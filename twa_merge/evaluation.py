@@ -122,7 +122,7 @@ def evaluate(
     with evaluation_mode(module), torch.no_grad():
         for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
             rows[number] = (number, *_score(module, batch, task, autocast))
-    return _assemble(_gather(list(rows.values()), accelerator), task, num_samples).subset(np.argsort(order))
+    return _assemble(_gather(list(rows.values()), accelerator), task, order)
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Scores:
@@ -232,15 +232,17 @@ def _gather(rows: list[_Row], accelerator: Any) -> list[_Row]:
     return gathered
 
 
-def _assemble(rows: list[_Row], task: Task, num_samples: int) -> Evaluation:
+def _assemble(rows: list[_Row], task: Task, order: list[int]) -> Evaluation:
+    """Return what the batches gave, in the order of the split; `order` is the one they were made in."""
     ordered = [row for _, row in sorted({row[0]: row for row in rows}.items())]
     losses_S = np.concatenate([row[1] for row in ordered])
     weights_S = np.concatenate([row[2] for row in ordered])
-    if len(losses_S) != num_samples:
-        raise ValueError(f"task {task.name}: {len(losses_S)} losses for {num_samples} samples; is per_sample wrong?")
+    if len(losses_S) != len(order):
+        raise ValueError(f"task {task.name}: {len(losses_S)} losses for {len(order)} samples; is per_sample wrong?")
     predictions = [value for row in ordered for value in row[3]]
     references = [value for row in ordered for value in row[4]]
-    return Evaluation(losses_S, weights_S, predictions, references, task.metrics)
+    found = Evaluation(losses_S, weights_S, predictions, references, task.metrics)
+    return found.subset(np.argsort(order).tolist())
 
 
 def _bar(loader: Any, progress: bool, accelerator: Any) -> Any:
