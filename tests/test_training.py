@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import twa_merge as twa
 from tests import factory
+from twa_merge import training as twa_training
 from twa_merge.batches import batch_indices
 from twa_merge.checkpoints import Soup
 from twa_merge.recipe import DataConfig, Recipe
@@ -295,6 +296,35 @@ def train_command(folder, output, *more):
     learn = ["--steps", "60", "--batch-size", "8", "--granularity", "layer", "--device", "cpu"]
     data = ["--data", str(folder / "data"), "--output", str(output)]
     return [*COMMAND, *members(folder), *data, *learn, *more]
+
+
+def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_path, capsys):
+    from twa_merge.cli import main
+
+    def run(checkpoints, *more):
+        data = ["--data", str(soup_folder / "data"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        learn = ["--steps", "10", "--batch-size", "8", "--granularity", "layer"]
+        return main(["train", *checkpoints, *data, *learn, *more])
+
+    state = tmp_path / ".out.twa-state"
+    original = twa_training._Run.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(self, file):
+            original(self, file)
+            if self.step == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(twa_training._Run, "save", interrupted)
+        assert run(members(soup_folder)) == 130
+    before = {p.name: p.read_bytes() for p in state.iterdir()}
+    first, second, third = members(soup_folder)
+    for checkpoints, more in (([second, first, third], []), ([first, second, third], ["--lr", "0.01"])):
+        assert run(checkpoints, *more, "--resume") == 2
+        assert "other settings, checkpoints or data" in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in state.iterdir()} == before
+    assert run(members(soup_folder), "--resume") == 0
+    assert not state.exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,23 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from twa_merge import buffers, league
 from twa_merge.assembly import config_folder, load_architecture, make_accelerator, make_task, merged_model
-from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup, require_several
 from twa_merge.data import open_split, split_indices
 from twa_merge.errors import UserError
-from twa_merge.evaluation import Evaluation, evaluate
+from twa_merge.folds import FoldLearner, StateFolder
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.tasks import Task
-from twa_merge.training import Learned, best_evaluation, learn
+from twa_merge.training import Learned
 from twa_merge.writer import write
 
 
@@ -68,6 +65,7 @@ class Job:
         self.resume, self.overwrite, self.progress = resume, overwrite, progress
         self.holds_features = task is not None
         self.output = Path(recipe.output.path) if recipe.output.path is not None else None
+        self.state = StateFolder(self.output)
         self.seconds: dict[str, float] = {}
 
     def run(self) -> Result:
@@ -77,12 +75,15 @@ class Job:
         self.stage("data", self.open_data)
         self.stage("basis", self.build_model)
         candidates = self.stage("baselines", self.score_baselines)
+        learner = self.make_learner()
         try:
-            learned = self.stage("learning", self.learn_folds)
-        except UserError:  # its state is of no use: only other settings will help
-            self.drop_state()
+            learned = self.stage("learning", learner.run)
+        except UserError:
+            if not self.resume:  # this run's own state is of no use: only other settings will help
+                self.state.drop()
             raise
-        candidates.append(self.stage("scoring", lambda: self.learned_candidate(learned)))
+        candidate, best_step = self.stage("scoring", lambda: learner.candidate(learned))
+        candidates.append(candidate)
         verdict = league.choose(candidates, self.recipe.margin)
         if self.test is not None:
             self.stage("test", lambda: self.score_test(candidates))
@@ -92,7 +93,7 @@ class Job:
             league=candidates,
             verdict=verdict,
             learned=learned,
-            best_step=self.best_step,
+            best_step=best_step,
             folds=self.folds,
             warnings=self.warnings,
             seconds=self.seconds,
@@ -195,78 +196,21 @@ class Job:
             print(f"warning: {warning}", file=sys.stderr)
         return candidates
 
-    def learn_folds(self) -> list[Learned]:
-        return [self.learn_fold(number, fit, select) for number, (fit, select) in enumerate(self.folds)]
-
-    def learn_fold(self, number: int, fit: list[int], select: list[int]) -> Learned:
-        from torch.utils.data import Subset
-
+    def make_learner(self) -> FoldLearner:
         assert self.task is not None
-        task, model = self.task, self.model
-        model.start_from(self.start_weights(fit))
-        select_part = Subset(self.held_out, select)
-
-        def score() -> Evaluation:
-            with model.materialized() as module:
-                if buffers.has_batchnorm(module):
-                    self.scorer._recompute(module)
-                return evaluate(
-                    module, select_part, task, batch_size=self.recipe.eval_batch_size, accelerator=self.accelerator
-                )
-
-        return learn(
-            model,
-            self.train_part if self.train_part is not None else Subset(self.held_out, fit),
-            task,
-            self.recipe.learn,
-            self.accelerator,
-            score=score,
-            state_file=self.state_file(number),
+        return FoldLearner(
+            self.model,
+            self.soup,
+            self.task,
+            self.held_out,
+            self.folds,
+            learn_config=self.recipe.learn,
+            scorer=self.scorer,
+            train_part=self.train_part,
+            state=self.state,
+            resume=self.resume,
             progress=self.progress,
         )
-
-    def start_weights(self, fit: list[int]) -> MixingWeights | None:
-        start, labels = self.recipe.learn.start, self.soup.labels
-        if start == "uniform":
-            return None
-        chooser = {"greedy": greedy_soup, "best": best_single}.get(start)
-        if chooser is None:
-            raise UserError(f"learn.start: expected uniform, greedy or best, got {start!r}")
-        return chooser(labels, lambda weights: self.scorer(weights).subset(fit).loss.value)
-
-    def state_file(self, fold: int) -> Path | None:
-        """Where a run's state is kept until its output is there: beside it, hidden."""
-        if self.output is None:
-            return None
-        folder = state_folder(self.output)
-        file = folder / f"fold-{fold}.safetensors"
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                file.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()  # no process may go on from a state that another is about to drop
-        return file
-
-    def learned_candidate(self, learned: list[Learned]) -> Candidate:
-        before = self.scorer.passes
-        best = best_evaluation(learned, [len(part) for _, part in self.folds])
-        groups, labels = self.model.basis.groups, self.soup.labels
-        tables = [run.tables_EGN[best] for run in learned]
-        selects = [
-            self.scorer(MixingWeights(table, groups, labels)).subset(part)
-            for table, (_, part) in zip(tables, self.folds, strict=True)
-        ]
-        weights = MixingWeights(torch.stack(tables).mean(dim=0), groups, labels)
-        fit = self.scorer(weights)
-        if len(self.folds) == 1:
-            fit = fit.subset(self.folds[0][0])
-        size = self.recipe.learn.batch_size * self.recipe.learn.accumulation
-        trained = sum(run.curve[-1]["step"] for run in learned) * size / len(self.held_out)
-        scored = sum(len(run.curve) * len(part) for run, (_, part) in zip(learned, self.folds, strict=True))
-        passes = trained + scored / len(self.held_out) + self.scorer.passes - before
-        self.best_step = int(learned[0].curve[best]["step"])
-        name = _learned_name(self.recipe.learn.granularity)
-        return Candidate(name, weights, league.pool(selects), fit, passes=passes, learned=True)
 
     def score_test(self, candidates: list[Candidate]) -> None:
         for candidate in candidates:
@@ -287,19 +231,5 @@ class Job:
                 finish=lambda folder: write_report(folder, result, self.recipe, self.soup),
                 progress=self.progress,
             )
-            self.drop_state()
+            self.state.drop()
         self.accelerator.wait_for_everyone()
-
-    def drop_state(self) -> None:
-        if self.output is not None:
-            shutil.rmtree(state_folder(self.output), ignore_errors=True)
-
-
-def _learned_name(granularity: str | list[str]) -> str:
-    names = {"model": "TWA", "layer": "TWA by layer", "tensor": "TWA by tensor"}
-    return names[granularity] if isinstance(granularity, str) else "TWA by pattern"
-
-
-def state_folder(output: Path) -> Path:
-    """Return where the state of an unfinished run to `output` is."""
-    return output.parent / f".{output.name}.twa-state"

@@ -82,10 +82,11 @@ class Scorer:
         if only is not None or not buffers.has_batchnorm(self.model.module):
             return found
         with self.model.materialized(found) as module:
-            self._recompute(module)
+            self.recompute(module)
             return replace(weights, statistics=averaged | buffers.statistics(module))
 
-    def _recompute(self, module: torch.nn.Module) -> None:
+    def recompute(self, module: torch.nn.Module) -> None:
+        """Recompute BatchNorm's running statistics in place."""
         assert self.statistics_batches is not None
         device = self.accelerator.device
         batches = (to_device(batch, device) for batch in self.statistics_batches())

@@ -96,6 +96,7 @@ def learn(
     *,
     score: Callable[[], Evaluation],
     state_file: Path | None = None,
+    state_of: str = "",
     progress: bool = False,
 ) -> Learned:
     """Train the coefficients of `model` on `fit` and return the tables of all evaluations.
@@ -111,13 +112,14 @@ def learn(
         accelerator: devices, precision and processes.
         score: returns the select part's evaluation at the model's present coefficients; called on every process.
         state_file: kept up to date at every evaluation; training goes on from it if it exists.
+        state_of: says what is learned on what; a state of anything else is refused.
         progress: show a bar.
 
     Raises:
         UserError: the loss is not finite, or the batch is smaller than the number of processes.
     """
     total = config.steps or max(MIN_STEPS, _steps(len(fit), config))
-    run = _Run(model, config, total, accelerator)
+    run = _Run(model, config, total, accelerator, state_of)
     run.resume(state_file)
     if not run.curve:
         run.evaluate(score, 0, math.nan)
@@ -142,10 +144,13 @@ def learn(
 class _Run:
     """The state of one training run: everything that a resumed run needs."""
 
-    def __init__(self, model: MergedModel, config: LearnConfig, total: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, model: MergedModel, config: LearnConfig, total: int, accelerator: Accelerator, state_of: str
+    ) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
         self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
+        self.identity = {"config": asdict(config), "total": total, "of": state_of}
         self.optimizer = torch.optim.AdamW(
             [model.twa_coefficients], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)
         )
@@ -214,12 +219,7 @@ class _Run:
         }
         for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
             tensors[f"optimizer.{name}"] = value
-        about = {
-            "step": self.step,
-            "curve": self.curve,
-            "config": asdict(self.config),
-            "total": self.total,
-        }
+        about = {"step": self.step, "curve": self.curve, **self.identity}
         temporary = file.with_suffix(".tmp")
         save_file({n: t.cpu().contiguous().clone() for n, t in tensors.items()}, temporary, {"run": json.dumps(about)})
         os.replace(temporary, file)
@@ -233,9 +233,10 @@ class _Run:
         with safe_open(file, framework="pt") as opened:
             about = json.loads(opened.metadata()["run"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        if about["config"] != asdict(self.config) or about["total"] != self.total:
+        if any(about.get(key) != value for key, value in self.identity.items()):
             raise UserError(
-                f"{file}: belongs to a run with other settings; give the same ones, or start without --resume"
+                f"{file}: belongs to a run with other settings, checkpoints or data; give the same ones, or start "
+                "without --resume"
             )
         with torch.no_grad():
             self.model.twa_coefficients.copy_(tensors["coefficients"])
