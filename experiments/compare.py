@@ -79,12 +79,10 @@ def account(result: Result) -> dict[str, Any]:
     gaps = {
         "select_gain": paired_difference(best.select, learned.select),
         "minus_best_baseline": paired_difference(learned.test, best.test),
-        "shipped_minus_best_baseline": paired_difference(result.verdict.winner.test, best.test),
     }
     return {
         **{name: [gap.value, gap.standard_error] for name, gap in gaps.items()},
         "best_baseline": best.name,
-        "shipped": result.verdict.winner.name,
         "best_step": result.best_step,
         "last_step": max(int(run.curve[-1]["step"]) for run in result.learned),
         "learning_seconds": result.seconds["learning"],

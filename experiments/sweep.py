@@ -88,7 +88,7 @@ def main() -> None:
                 continue
             run = {"trial": trial.name, "settings": settings, **account(learn_merge(trial, soup, scores, **settings))}
             found["runs"].append(run)
-            print({key: value for key, value in run.items() if key != "shipped_minus_best_baseline"}, flush=True)
+            print(run, flush=True)
             save(args.output, found)
 
 

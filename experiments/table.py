@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from twa_merge.recipe import Recipe
+
 
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean over trials."""
@@ -52,14 +54,21 @@ def lower(rows: list[dict[str, Any]], other: str) -> str:
 
 
 def shipped(trials: dict[str, dict[str, Any]]) -> str:
-    """Return what shipped in each trial for each granularity, against the best baseline on the test split."""
-    lines = []
+    """Return what the guard ships in each trial, and how it does on the test split against the best baseline."""
+    lines = [
+        "| | ships | best baseline | select gain | test loss of the learned merge minus the best baseline's |",
+        "|---|---|---|---:|---:|",
+    ]
     for name, trial in trials.items():
         for row_name, row in trial.items():
-            if "shipped" in row:
-                gap, error = row["shipped_minus_best_baseline"]
-                sigma = f"{gap / error:+.1f} paired se" if error else "the best baseline itself"
-                lines.append(f"- {name}, {row_name}: {row['shipped']} ships, {gap:+.4f} ({sigma})")
+            if "select_gain" not in row:
+                continue
+            (gain, gain_error), (gap, error) = row["select_gain"], row["minus_best_baseline"]
+            winner = row_name if gain > Recipe().margin * gain_error else row["best_baseline"]
+            lines.append(
+                f"| {name}, {row_name} | {winner} | {row['best_baseline']} | {gain:+.4f} ± {gain_error:.4f} "
+                f"| {gap:+.4f} ({gap / error if error else 0:+.1f} paired se) |"
+            )
     return "\n".join(lines)
 
 
