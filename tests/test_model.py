@@ -278,3 +278,28 @@ def test_a_module_that_transformers_does_not_know_keeps_the_names_on_disk(tmp_pa
         (folder / "config.json").write_text(json.dumps({"architectures": ["TinyResNet"], "model_type": "tiny"}))
     model = merged_model(Soup(folders), factory.TinyResNet())
     assert "head.weight" in model.mixing_weights().groups
+
+
+def test_a_model_is_freed_with_its_last_reference(tmp_path):
+    """A cycle would keep basis and weights, gigabytes of few objects, until the collector happens to run."""
+    import gc
+    import weakref
+
+    soup = Soup(factory.make_soup("bert", tmp_path))
+    model = merged_model(soup, granularity="layer")
+    inputs = torch.arange(8).view(1, 8) % 60
+    model(input_ids=inputs).logits.sum().backward()
+    with model.materialized():
+        pass
+    held = [
+        weakref.ref(model),
+        weakref.ref(model.basis),
+        weakref.ref(model.module.bert.embeddings.word_embeddings.weight),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [ref() is None for ref in held] == [True, True, True]
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ made first would keep every weight gradient alive to the end of the backward pas
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,7 +43,9 @@ class LinkedParameters(dict):  # type: ignore[type-arg]
 
     def __init__(self, owner: nn.Module, coefficients: Tensor, names: dict[str, str], project: Project) -> None:
         super().__init__(owner._parameters)
-        self.owner, self.coefficients, self.names, self.project = owner, coefficients, names, project
+        # a strong reference would be a cycle, and keep basis and weights in memory until Python happens to look for one
+        self.owner = weakref.ref(owner)
+        self.coefficients, self.names, self.project = coefficients, names, project
         self.enabled = True
 
     def __getitem__(self, key: str) -> Any:
@@ -54,7 +57,9 @@ class LinkedParameters(dict):  # type: ignore[type-arg]
 
     def remove(self) -> None:
         """Make the module's parameters plain again."""
-        self.owner._parameters = dict(self)
+        owner = self.owner()
+        if owner is not None:
+            owner._parameters = dict(self)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)  # copies and pickles of the module are plain modules

@@ -8,6 +8,7 @@ frees it at once, so no gradient, optimiser state or copy of size D exists.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,9 @@ class MergedModel(nn.Module):
         _hide(self, _scale=torch.where(norms > 0, scale, 0.0))
         self.twa_coefficients = nn.Parameter(torch.zeros(norms.shape, dtype=torch.float32))
         learnable = {name for name in basis.blocks if self._position[basis.row_of(name)] >= 0}
-        _hide(self, _links=install_links(module, self.twa_coefficients, learnable, self._project))
+        # not a method: bound to this model, it would make a cycle of model, module and basis
+        project = functools.partial(_project, basis, self._position, self._scale, self.twa_coefficients)
+        _hide(self, _links=install_links(module, self.twa_coefficients, learnable, project))
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         _hide(self, _dropout=switch_off_dropout(module))
@@ -185,13 +188,6 @@ class MergedModel(nn.Module):
         self.module.train(mode)
         return self
 
-    def _project(self, name: str, grad: Tensor) -> Tensor:
-        """Return the coefficients' gradient, zero outside the parameter's group, from a parameter's own (eq. 6)."""
-        row = self._position[self.basis.row_of(name)]
-        grad_GN = torch.zeros_like(self.twa_coefficients)
-        grad_GN[row] = self.basis.project(name, grad) * self._scale[row].to(grad_GN)
-        return grad_GN
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -207,6 +203,16 @@ class MergedModel(nn.Module):
         self.basis.to(self.twa_coefficients.device)
         _hide(self, _combined=None)
         return self
+
+
+def _project(
+    basis: Basis, position: list[int], scale_GN: Tensor, coefficients_GN: Tensor, name: str, grad: Tensor
+) -> Tensor:
+    """Return the coefficients' gradient, zero outside the parameter's group, from a parameter's own (eq. 6)."""
+    row = position[basis.row_of(name)]
+    grad_GN = torch.zeros_like(coefficients_GN)
+    grad_GN[row] = basis.project(name, grad) * scale_GN[row].to(grad_GN)
+    return grad_GN
 
 
 def _hide(model: MergedModel, **attributes: Any) -> None:
