@@ -165,6 +165,8 @@ def _open_folder(path: Path, split: str | None) -> Any:
             dataset = datasets.load_from_disk(str(path))
             return _select(path, {_own_split(dataset): lambda: dataset}, split)
         builder = datasets.load_dataset_builder(str(path))
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise_disk_failure(error)
         raise UserError(

@@ -196,12 +196,17 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
         return Verdict(baseline, f"{baseline.name} has the lowest select loss")
     best = min(learned, key=lambda c: c.select.loss.value)
     gain = paired_difference(baseline.select, best.select)
-    measured = f"select loss {gain.value:+.4f} ± {gain.standard_error:.4f} lower than that of {baseline.name}"
     if gain.value > margin * gain.standard_error:
-        return Verdict(best, f"{best.name}: {measured}, more than the margin of {margin:g} paired se")
+        return Verdict(
+            best,
+            f"{best.name} ships: its select loss is {gain.value:.4f} ± {gain.standard_error:.4f} lower than that of "
+            f"{baseline.name}, more than the margin of {margin:g} paired se",
+        )
+    direction = "lower" if gain.value > 0 else "higher"
     return Verdict(
         baseline,
-        f"{baseline.name} ships: {best.name} has {measured}, which is not more than the margin of {margin:g} paired se",
+        f"{baseline.name} ships: the select loss of {best.name} is {abs(gain.value):.4f} ± {gain.standard_error:.4f} "
+        f"{direction} than its own, and would have to be lower by more than {margin:g} paired se",
     )
 
 

@@ -74,6 +74,10 @@ class Recipe:
     """Of the module while learning."""
     allow_pickle: bool = False
 
+    def __post_init__(self) -> None:
+        if self.eval_batch_size < 1:
+            raise UserError(f"eval_batch_size: expected at least 1, got {self.eval_batch_size}")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `key.sub=value` overrides (values are YAML).

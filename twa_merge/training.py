@@ -60,6 +60,19 @@ class LearnConfig:
     gradient_checkpointing: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "evaluations": 1, "patience": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"learn.{name}: expected at least {low}, got {value}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"learn.lr: expected a number above 0, got {self.lr}")
+        if not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise UserError(f"learn.epochs: expected a number above 0, got {self.epochs}")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"learn.warmup: expected a share of the steps, 0 to 1, got {self.warmup}")
+
 
 @dataclass(frozen=True)
 class Learned:
