@@ -65,6 +65,9 @@ def test_train_leaves_a_model_a_report_and_a_recipe_that_runs_again(work, capsys
     }  # fmt: skip
     report = json.loads(Path("out/report.json").read_text())
     assert {c["name"] for c in report["league"]} >= {"best single", "uniform", "greedy", "TWA by layer"}
+    stages = ["data", "basis", "baselines", "learning", "scoring", "test"]
+    assert list(report["seconds"]) == list(report["peak_memory_mb"]) == stages
+    assert all(value > 50 for value in report["peak_memory_mb"].values())
     assert not any(str(work) in (Path("out") / n).read_text() for n in ("README.md",))
 
     from transformers import pipeline

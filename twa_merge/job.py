@@ -43,6 +43,8 @@ class Result:
     warnings: list[str]
     seconds: dict[str, float]
     """Wall time of each stage."""
+    peak_memory_mb: dict[str, float]
+    """Of this process, from its beginning to the end of each stage."""
     output: Path | None
 
 
@@ -67,6 +69,7 @@ class Job:
         self.output = Path(recipe.output.path) if recipe.output.path is not None else None
         self.state = StateFolder(self.output)
         self.seconds: dict[str, float] = {}
+        self.peak_memory_mb: dict[str, float] = {}
 
     def run(self) -> Result:
         require_several(self.soup.labels)
@@ -97,6 +100,7 @@ class Job:
             folds=self.folds,
             warnings=self.warnings,
             seconds=self.seconds,
+            peak_memory_mb=self.peak_memory_mb,
             output=self.output,
         )
         if self.output is not None:
@@ -107,6 +111,9 @@ class Job:
         start = time.perf_counter()
         value = do()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        peak = _peak_memory_mb()
+        if peak is not None:
+            self.peak_memory_mb[name] = peak
         return value
 
     def check_settings(self) -> None:
@@ -233,3 +240,13 @@ class Job:
             )
             self.state.drop()
         self.accelerator.wait_for_everyone()
+
+
+def _peak_memory_mb() -> float | None:
+    """Return this process's peak memory so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +76,7 @@ def summary(result: Result) -> dict[str, Any]:
         "curves": [run.curve for run in result.learned],
         "best_step": result.best_step,
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
+        "peak_memory_mb": {name: round(value, 1) for name, value in result.peak_memory_mb.items()},
     }
 
 
@@ -124,7 +124,6 @@ def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> No
         ],
         "notes": soup.notes,
         "versions": versions(),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     }
     (folder / "report.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
