@@ -27,8 +27,8 @@ import twa_merge as twa
 from twa_merge.data import split_indices
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.job import Job, Result
+from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import Recipe
-from twa_merge.training import LearnConfig
 
 GRANULARITIES = ("model", "layer", "tensor")
 RIVAL_LRS = (1e-5, 1e-4, 1e-3)

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from twa_merge.errors import UserError
+from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import Recipe, from_dict, load_recipe, to_yaml
-from twa_merge.training import LearnConfig
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 

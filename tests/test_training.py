@@ -20,8 +20,8 @@ from tests import factory
 from twa_merge import training as twa_training
 from twa_merge.batches import batch_indices
 from twa_merge.checkpoints import Soup
+from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import DataConfig, Recipe
-from twa_merge.training import LearnConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ from twa_merge.tasks import Batch, Task, to_device
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from twa_merge.training import LearnConfig
+    from twa_merge.learn_config import LearnConfig
 
 
 def batch_indices(

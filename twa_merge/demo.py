@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twa_merge.errors import UserError
+from twa_merge.learn_config import LearnConfig
 from twa_merge.publish import publish
 from twa_merge.recipe import DataConfig, OutputConfig, Recipe
 from twa_merge.runner import run_recipe
@@ -46,8 +47,6 @@ def run_demo(folder: Path, seed: int) -> Result:
 
 def demo_recipe(folder: Path, seed: int) -> Recipe:
     """Return the main job on the demo's folders, with no setting but the defaults."""
-    from twa_merge.training import LearnConfig
-
     return Recipe(
         checkpoints=[str(folder / "members" / f"member-{k}") for k in range(NUM_MEMBERS)],
         task="image-classification",

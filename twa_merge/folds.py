@@ -14,10 +14,11 @@ from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation, evaluate
 from twa_merge.league import Candidate, Folds, Scorer
+from twa_merge.learn_config import LearnConfig
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Task
-from twa_merge.training import LearnConfig, Learned, best_evaluation, learn
+from twa_merge.training import Learned, best_evaluation, learn
 
 
 class StateFolder:

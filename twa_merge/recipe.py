@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from twa_merge.errors import UserError
-from twa_merge.training import LearnConfig
+from twa_merge.learn_config import LearnConfig
 
 
 @dataclass(frozen=True, kw_only=True)

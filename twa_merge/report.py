@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twa_merge.checkpoints import Soup
-from twa_merge.evaluation import Evaluation, Scores, paired_difference
+from twa_merge.evaluation import Evaluation, Scores, bootstrap_paired, paired_difference
 from twa_merge.league import Candidate
 from twa_merge.plots import plot_curve, plot_league, plot_mixing_weights
 from twa_merge.recipe import Recipe, to_yaml
@@ -95,16 +95,19 @@ def _candidate(candidate: Candidate, baseline: Candidate) -> dict[str, Any]:
         for metric in evaluation.metrics:
             about[part][metric.name] = _json_scores(evaluation.metric(metric.name))
     gain = paired_difference(baseline.select, candidate.select)
-    about["select_gain_over_best_baseline"] = _json_scores(gain)
+    interval = bootstrap_paired(baseline.select, candidate.select)
+    about["select_gain_over_best_baseline"] = {**_json_scores(gain), "bootstrap_95": [*map(_finite, interval)]}
     about["mixing_weights"] = dict(zip(candidate.weights.groups, candidate.weights.table.tolist(), strict=True))
     return about
 
 
 def _json_scores(scores: Scores) -> dict[str, float | None]:
-    return {
-        "value": scores.value if math.isfinite(scores.value) else None,
-        "standard_error": scores.standard_error if math.isfinite(scores.standard_error) else None,
-    }
+    return {"value": _finite(scores.value), "standard_error": _finite(scores.standard_error)}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def versions() -> dict[str, str]:

@@ -16,62 +16,12 @@ from torch import Tensor
 from twa_merge.batches import load_batches
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
+from twa_merge.learn_config import LearnConfig
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-MIN_STEPS = 100
-"""Few held-out samples must not mean few steps: coefficients start at the average and have a way to go."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnConfig:
-    """How coefficients are learned. The defaults and how they were chosen: `docs/defaults.md`."""
-
-    granularity: str | list[str] = "tensor"
-    """Which parameters share a row: `model`, `layer`, `tensor`, or name patterns."""
-    coordinates: str = "relative"
-    """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
-    start: str = "uniform"
-    """Where coefficients start: `uniform`, `greedy` or `best`."""
-    lr: float = 0.03
-    steps: int | None = None
-    """Optimisation steps; default `epochs` over the fit part, and at least `MIN_STEPS`."""
-    epochs: float = 5
-    batch_size: int = 32
-    """Samples of one forward pass, all processes together."""
-    accumulation: int = 1
-    """Forward passes in one step."""
-    warmup: float = 0.1
-    """Share of the steps with rising learning rate, before the cosine."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay of the coefficients, towards the uniform soup."""
-    regularization: float = 1e-5
-    """lambda of eq. 2: `lambda / 2 * ||c||^2` is added to the loss."""
-    evaluations: int = 20
-    """How often the select part is scored; the best of them is kept."""
-    patience: int = 8
-    """Stop after this many evaluations without a better one."""
-    mixed_precision: str = "no"
-    """`no`, `bf16` or `fp16`."""
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "evaluations": 1, "patience": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"learn.{name}: expected at least {low}, got {value}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"learn.lr: expected a number above 0, got {self.lr}")
-        if not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise UserError(f"learn.epochs: expected a number above 0, got {self.epochs}")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"learn.warmup: expected a share of the steps, 0 to 1, got {self.warmup}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +81,7 @@ def learn(
     Raises:
         UserError: the loss is not finite, or the batch is smaller than the number of processes.
     """
-    total = config.steps or max(MIN_STEPS, _steps(len(fit), config))
+    total = config.total_steps(len(fit))
     run = _Run(model, config, total, accelerator, state_of)
     run.resume(state_file)
     if not run.curve:
@@ -261,10 +211,6 @@ class _Run:
         for _ in range(self.step):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
             self.scheduler.step()
-
-
-def _steps(num_samples: int, config: LearnConfig) -> int:
-    return math.ceil(config.epochs * num_samples / (config.batch_size * config.accumulation))
 
 
 def _synchronised(wrapped: Any, last: bool) -> Any:
