@@ -27,6 +27,7 @@ import twa_merge as twa
 from twa_merge.data import split_indices
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.job import Job, Result
+from twa_merge.league import best_baseline
 from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import Recipe
 
@@ -75,7 +76,7 @@ def learn_merge(trial: Trial, soup: twa.Soup, scores: Scores, **settings: Any) -
 def account(result: Result) -> dict[str, Any]:
     """Return what a run's learned merge gained over the best baseline, and at what cost."""
     learned = next(c for c in result.league if c.learned)
-    best = min((c for c in result.league if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value)
+    best = best_baseline(result.league)
     gaps = {
         "select_gain": paired_difference(best.select, learned.select),
         "minus_best_baseline": paired_difference(learned.test, best.test),

@@ -181,10 +181,29 @@ BROKEN_SOUPS = {
         lambda: edit_state(1, lambda s: s[NAME].view(-1)[3:4].fill_(float("nan"))),
         f"soup/member-1: tensor {NAME!r} holds NaN",
     ),
+    "processor": (lambda: prepares(1, image_mean=[0.4] * 3), "image_mean is [0.4, 0.4, 0.4], expected [0.5, 0.5, 0.5]"),
+    "lower case": (lambda: lower_case(1), 'normalizer is {"type": "Lowercase"}, expected null'),
     "both layouts": (
         lambda: Path("soup/member-1/model.safetensors.index.json").write_text("{}"), "holds both model.safetensors"
     ),
 }  # fmt: skip
+
+
+def prepares(member, **changes):
+    for k in range(3):
+        content = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "image_processor_type": "X"}
+        if k == member:
+            content |= changes
+        Path(f"soup/member-{k}/preprocessor_config.json").write_text(json.dumps(content))
+
+
+def lower_case(member):
+    path = Path(f"soup/member-{member}/tokenizer.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}))
+    for other in {0, 1, 2} - {member}:
+        path = Path(f"soup/member-{other}/tokenizer.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
 
 
 def assert_one_line_and_nothing_left(work, capsys, command, message, code=2):
@@ -227,9 +246,22 @@ BROKEN_RUNS = {
     "steps": ([*train_args(), "--steps", "0"], "learn.steps: expected at least 1, got 0"),
     "evaluation batch": ([*train_args(), "--eval-batch-size", "0"], "eval_batch_size: expected at least 1, got 0"),
     "unnamed split": (
-        [*train_args()[:4], "--data", "data", "--output", "out"],
-        "has the splits validation, test; name one",
+        [*train_args()[:4], "--data", "unnamed", "--output", "out"],
+        "has the splits train, test; name one",
     ),
+    "last without its method": (["average", *members(), "--last", "2", "--output", "out"], "only with --method last"),
+    "data without its method": (["average", *members(), "--data", "data", "--output", "out"], "greedy or best"),
+    "order of snapshots": (
+        ["average", "soup/member-2", "soup/member-0", "soup/member-1", "--method", "last", "--output", "out"],
+        "expected in the order of the run, got soup/member-2, soup/member-0",
+    ),
+    "ordered": (
+        ["train", "soup/member-1", "soup/member-0", *train_args()[4:], "--ordered"],
+        "expected in the order of the run",
+    ),
+    "fp16": ([*train_args(), "--mixed-precision", "fp16"], "learn.mixed_precision: expected no or bf16, got 'fp16'"),
+    "shard size": ([*train_args(), "--max-shard-gb", "nan"], "output.max_shard_gb: expected a number above 0"),
+    "pattern as YAML": (["run", "r.yaml", "learn.granularity=[*.attn.*]"], "quote names with a *"),
     "no data": ([*train_args()[:4], "--data", "nowhere.csv", "--output", "out"], "nowhere.csv"),
     "output is an input": (["average", *members(), "--output", "soup/member-0", "--overwrite"], "input"),
     "output holds the inputs": (["average", *members(), "--output", "soup", "--overwrite"], "input"),
@@ -251,6 +283,8 @@ BROKEN_RUNS = {
 def test_a_mistaken_run_is_one_line(work, capsys, how):
     (work / "r.yaml").write_text("checkpoints: [soup/member-0, soup/member-1]\ndata: {path: data}\n")
     (work / "empty.csv").write_text("text,label\n")
+    for split in ("train", "test"):
+        write_rows(work / f"unnamed/{split}.csv", factory.text_rows(20))
     write_rows(work / "wrong.csv", [relabel(row) for row in factory.text_rows(30)])
     arguments, message = BROKEN_RUNS[how]
     assert_one_line_and_nothing_left(work, capsys, arguments, message)
@@ -299,3 +333,41 @@ def test_the_help_of_train_states_the_defaults_that_hold():
     held = {"margin": recipe.margin, **dataclasses.asdict(recipe.learn)}
     assert len(stated) >= 9
     assert stated == {name: str(held[name]) for name in stated}
+
+
+def test_a_report_is_strict_json(work, capsys):
+    assert main([*train_args(), "--json"]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    report = json.loads(Path("out/report.json").read_text(), parse_constant=refuse)
+    assert printed["winner"] == report["winner"] and report["curves"][0][0]["fit_loss"] is None
+
+
+def test_five_samples_are_enough_to_evaluate(work):
+    write_rows(work / "five.csv", factory.text_rows(5))
+    assert main(["evaluate", *members(), "--data", "five.csv"]) == 0
+    assert main(["average", *members(), "--method", "best", "--data", "five.csv", "--output", "out"]) == 0
+
+
+def test_single_files_of_any_name_train_like_their_folders(work):
+    assert main(train_args("expected")) == 0
+    folder = work / "files"
+    shutil.copytree("soup/member-0", folder)
+    (folder / "model.safetensors").unlink()
+    for k, member in enumerate(members()):
+        shutil.copy(f"{member}/model.safetensors", folder / f"run-{k}.safetensors")
+    files = [str(folder / f"run-{k}.safetensors") for k in range(3)]
+    assert main(["train", *files, *train_args()[4:]]) == 0
+    expected, found = (Path(name, "model.safetensors").read_bytes() for name in ("expected", "out"))
+    assert expected == found
+
+
+def test_averaged_statistics_are_said_to_be(work, capsys):
+    factory.make_soup("resnet", Path("resnets"))
+    assert main(["average", "resnets/*", "--output", "out"]) == 0
+    assert "running statistics are averaged like weights" in capsys.readouterr().err
+    assert main(["average", *members(), "--output", "other"]) == 0
+    assert "running statistics" not in capsys.readouterr().err

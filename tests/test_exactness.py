@@ -203,3 +203,16 @@ def test_a_table_is_tied_to_its_checkpoints_and_their_order(tmp_path):
         write(Soup([folders[1], folders[0], folders[2]]), table, tmp_path / "no")
     with pytest.raises(UserError, match="for 3 checkpoints"):
         write(Soup(folders[:2]), table, tmp_path / "no")
+
+
+def test_numbers_beyond_float16_are_named_and_nothing_is_written(tmp_path):
+    members = factory.make_soup("bert", tmp_path / "soup")
+    for member in members:
+        state = factory.read_tensors(member)
+        state["classifier.bias"] = torch.tensor([70000.0, 0.0])
+        factory.write_tensors(state, member)
+    soup = Soup(members)
+    for weights in (mixing.uniform(soup.labels), mixing.one_hot(0, soup.labels)):
+        with pytest.raises(UserError, match=r"'classifier.bias': the merge holds numbers beyond 65504"):
+            write(soup, weights, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()

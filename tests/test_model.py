@@ -303,3 +303,25 @@ def test_a_model_is_freed_with_its_last_reference(tmp_path):
         assert [ref() is None for ref in held] == [True, True, True]
     finally:
         gc.enable()
+
+
+def test_a_table_finer_than_the_model_is_put_in_place_row_by_row(tmp_path):
+    soup = Soup(factory.make_soup("bert", tmp_path))
+    fine = merged_model(soup, granularity="tensor")
+    with torch.no_grad():
+        fine.twa_coefficients.copy_(0.5 * torch.randn(fine.twa_coefficients.shape))
+    table = fine.mixing_weights()
+    coarse = merged_model(soup, granularity="model")
+    with fine.materialized() as a, coarse.materialized(table) as b:
+        for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6, msg=name)
+    with pytest.raises(UserError, match=r"differ inside the group"):
+        coarse.start_from(table)
+
+
+def test_saved_configs_keep_their_dropout(tmp_path):
+    soup = Soup(factory.make_soup("bert", tmp_path / "soup", hidden_dropout_prob=0.1))
+    model = merged_model(soup, granularity="model")
+    model.save_pretrained(tmp_path / "saved")
+    assert '"hidden_dropout_prob": 0.1' in (tmp_path / "saved/config.json").read_text()
+    assert model.module.config.hidden_dropout_prob == 0.0

@@ -20,6 +20,7 @@ from tests import factory
 from twa_merge import training as twa_training
 from twa_merge.batches import batch_indices
 from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
 from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import DataConfig, Recipe
 
@@ -282,6 +283,63 @@ def test_other_buffers_are_scored_as_they_are_written(tmp_path):
         assert candidate.fit.loss.value == pytest.approx(loss, rel=1e-5), candidate.name
 
 
+def test_statistics_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    """Rows sorted by class would make batches of one class, whose variances leave out that between the classes."""
+    soup, data = resnet_soup(tmp_path / "soup")
+    x, y = data.tensors
+    x = x + 3 * y.view(-1, 1, 1, 1)
+    order = y.argsort()
+    found = []
+    for rows in (TensorDataset(x, y), TensorDataset(x[order], y[order])):
+        result = twa.train(
+            soup, rows, module=factory.TinyResNet(), loss=F.cross_entropy, steps=1, batch_size=16,
+            recipe=Recipe(data=DataConfig(select_fraction=0.2, min_select=1), device="cpu"),
+        )  # fmt: skip
+        uniform = next(c for c in result.league if c.name == "uniform")
+        scored = pooled_loss(replace(result, verdict=replace(result.verdict, winner=uniform)), y)
+        found.append(scored)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+class Tied(torch.nn.Module):
+    """A language model of one embedding, tied to its head; checkpoints hold both names."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(10, 4)
+        self.mix = torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 10, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids):
+        return self.head(self.mix(self.emb(ids)))
+
+
+def test_a_tied_weight_of_a_module_without_config_is_written_as_learned(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    for k in range(3):
+        (tmp_path / f"member-{k}").mkdir()
+        state = {name: value.clone() for name, value in Tied().state_dict().items()}
+        save_file(state, tmp_path / f"member-{k}/model.safetensors")
+    soup = Soup([tmp_path / f"member-{k}" for k in range(3)])
+    ids = torch.randint(10, (60,))
+    result = twa.train(
+        soup, TensorDataset(ids, (ids + 1) % 10), module=Tied(), loss=F.cross_entropy, steps=20, batch_size=16, lr=0.1,
+        recipe=Recipe(margin=-1e9, data=DataConfig(select_fraction=0.25, min_select=1), device="cpu"),
+        output=tmp_path / "out",
+    )  # fmt: skip
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(written["head.weight"], written["emb.weight"])
+    assert not torch.equal(result.weights.row("emb.weight"), result.weights.table.mean(dim=0))
+    state = load_file(tmp_path / "member-0/model.safetensors")
+    for k in range(3):
+        save_file({**state, "extra.weight": torch.ones(2)}, tmp_path / f"member-{k}/model.safetensors")
+    with pytest.raises(UserError, match=r"holds 'extra.weight', which the module does not have"):
+        twa.train(Soup(soup.labels), TensorDataset(ids, ids), module=Tied(), loss=F.cross_entropy)
+
+
 def pooled_loss(result, y):
     """The winner's loss on all samples, from its fit and select parts."""
     winner = result.verdict.winner
@@ -319,7 +377,12 @@ def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_p
         assert run(members(soup_folder)) == 130
     before = {p.name: p.read_bytes() for p in state.iterdir()}
     first, second, third = members(soup_folder)
-    for checkpoints, more in (([second, first, third], []), ([first, second, third], ["--lr", "0.01"])):
+    changes = [
+        ([second, first, third], []),
+        ([first, second, third], ["--lr", "0.01"]),
+        ([first, second, third], ["--max-length", "5"]),
+    ]
+    for checkpoints, more in changes:
         assert run(checkpoints, *more, "--resume") == 2
         assert "other settings, checkpoints or data" in capsys.readouterr().err
         assert {p.name: p.read_bytes() for p in state.iterdir()} == before

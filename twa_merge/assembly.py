@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +51,27 @@ def merged_model(
         dtype: of the module, when it is loaded here.
     """
     if module is None:
-        folder = config_folder(soup)
-        module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
+        with _standard_names(soup) as folder:
+            module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start)
+
+
+@contextlib.contextmanager
+def _standard_names(soup: Soup) -> Iterator[Path]:
+    """Yield a folder that `from_pretrained` reads the first checkpoint from, whatever its weights' file is called."""
+    folder, files = config_folder(soup), soup.sources[0].files
+    if len(files) != 1 or files[0].suffix != ".safetensors" or files[0].name == "model.safetensors":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="twa_merge-") as links:
+        for side in folder.iterdir():
+            if side.is_file() and side.suffix not in (".safetensors", ".bin") and "index" not in side.name:
+                Path(links, side.name).symlink_to(side.resolve())
+        Path(links, "model.safetensors").symlink_to(files[0].resolve())
+        yield Path(links)
 
 
 def architectures(folder: Path) -> list[str]:
@@ -78,10 +95,16 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise UserError(f"device: expected auto, cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda asked for, but torch finds no GPU; use --device cpu")
-    if recipe.learn.mixed_precision not in ("no", "bf16", "fp16"):
-        raise UserError(f"learn.mixed_precision: expected no, bf16 or fp16, got {recipe.learn.mixed_precision!r}")
     torch.manual_seed(recipe.learn.seed)
-    return Accelerator(mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu")
+    try:
+        return Accelerator(mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu")
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise UserError(
+            "learn.mixed_precision and device: another run in this Python process has used others, and Accelerate "
+            "keeps the first; start a new process, or call accelerate.state.AcceleratorState._reset_state(True)"
+        ) from error
 
 
 def make_task(recipe: Recipe, soup: Soup) -> Task:

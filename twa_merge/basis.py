@@ -128,6 +128,13 @@ def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Paramete
                 f"{soup.labels[0]}: holds no tensor for the module's parameter {name!r} "
                 f"(it has {', '.join(t.name for t in soup.tensors[:3])}, ...); is this the right module?"
             )
+    if soup.name_map is None:
+        known = set(module.state_dict())
+        left = [tensor.name for tensor in soup.tensors if tensor.is_float and tensor.name not in known]
+        if left:
+            raise UserError(
+                f"{soup.labels[0]}: holds {left[0]!r}, which the module does not have; is this the right module?"
+            )
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twa_merge.alignment import Header, SoupTensor, align, same_data, untied
-from twa_merge.configs import compare_configs, compare_tokenizers
+from twa_merge.configs import compare_configs, compare_processors, compare_tokenizers
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
 from twa_merge.sources import Source, find_sources
@@ -181,7 +181,11 @@ def _compare_folders(sources: Sequence[Source]) -> list[str]:
     first = sources[0].folder
     for source in sources[1:]:
         assert first is not None and source.folder is not None
-        differences = compare_configs(first, source.folder) + compare_tokenizers(first, source.folder)
+        differences = [
+            line
+            for compare in (compare_configs, compare_tokenizers, compare_processors)
+            for line in compare(first, source.folder)
+        ]
         notes += [f"{source.label}: {line}" for line in differences]
     return notes
 

@@ -141,7 +141,7 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="in place of epochs")
     parser.add_argument("--batch-size", type=int, help="samples of a forward pass, all processes together (default 32)")
     parser.add_argument("--accumulation", type=int, help="forward passes in a step (default 1)")
-    parser.add_argument("--mixed-precision", help="no, bf16 or fp16 (default no)")
+    parser.add_argument("--mixed-precision", help="no or bf16 (default no)")
     parser.add_argument("--gradient-checkpointing", action="store_true", default=None)
     parser.add_argument("--seed", type=int, help="of the data's order and division (default 0)")
     parser.add_argument("--ordered", action="store_true", help="snapshots of one run in order: LAWA and EMA join in")

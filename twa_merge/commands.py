@@ -75,11 +75,17 @@ def average(args: argparse.Namespace) -> None:
 
 def _fixed_weights(args: argparse.Namespace, soup: Soup) -> MixingWeights:
     from twa_merge import mixing
+    from twa_merge.sources import require_order
 
+    for flag, methods in (("last", ["last"]), ("decay", ["ema"]), ("data", ["greedy", "best"])):
+        if getattr(args, flag) is not None and args.method not in methods:
+            raise UserError(f"--{flag}: has a meaning only with --method {' or '.join(methods)}")
     if args.weights is not None:
         if args.method is not None:
             raise UserError("--weights and --method exclude each other")
         return mixing.given(args.weights, soup.labels)
+    if args.method in ("last", "ema"):
+        require_order(soup.labels)
     if args.method == "last":
         return mixing.last_k(args.last if args.last is not None else max(1, len(soup) // 2), soup.labels)
     if args.method == "ema":
@@ -117,6 +123,13 @@ def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None
         overwrite=args.overwrite,
         progress=True,
     )
+    averaged = any(t.name.endswith("running_var") for t in soup.tensors) and weights.one_hot_column() is None
+    if averaged and not weights.statistics:
+        print(
+            "note: BatchNorm's running statistics are averaged like weights, for there are no data to recompute them "
+            "from; `train`, or `average --method greedy --data D`, does",
+            file=sys.stderr,
+        )
     for note in soup.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"merged {len(soup)} checkpoints: {args.output}/")
@@ -125,16 +138,16 @@ def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None
 def evaluate(args: argparse.Namespace) -> None:
     """Score checkpoints as they are."""
     _quiet_libraries()
-    from twa_merge.report import aligned, scores_text
+    from twa_merge.report import aligned, finite, scores_text
     from twa_merge.runner import evaluate_checkpoints
 
     found = evaluate_checkpoints(_recipe(args))
     if args.json:
         rows = {
-            label: {"loss": e.loss.value, **{m.name: e.metric(m.name).value for m in e.metrics}}
+            label: {name: finite(e.metric(name).value) for name in ("loss", *(m.name for m in e.metrics))}
             for label, e in found.items()
         }
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows, indent=2, allow_nan=False))
         return
     names = [m.name for m in next(iter(found.values())).metrics]
     table = [["", "loss", *names]]

@@ -159,6 +159,33 @@ def compare_tokenizers(first: Path, other: Path) -> list[str]:
     return lines
 
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_PREPARATION = re.compile(r"(do|image|pad)_.*|size|crop_size|crop_pct|resample|rescale_factor|patch_size|sampling_rate")
+"""What a processor does to its input; other keys name classes, versions and defaults."""
+
+
+def compare_processors(first: Path, other: Path) -> list[str]:
+    """Return the harmless differences between two checkpoints' image or feature processors, a line each.
+
+    Raises:
+        UserError: they prepare inputs in different ways (mean, size, resampling, ...).
+    """
+    lines = []
+    for name in _PROCESSOR_FILES:
+        a, b = Path(first) / name, Path(other) / name
+        if not a.is_file() or not b.is_file():
+            lines += [f"{name}: only in {(a if a.is_file() else b).parent}"] if a.is_file() or b.is_file() else []
+            continue
+        for key, (x, y) in _differences(_json(a), _json(b)).items():
+            if _PREPARATION.fullmatch(key.split(".")[0]) and x is not _MISSING and y is not _MISSING:
+                raise UserError(
+                    f"{b}: prepares inputs in another way than {a}: {key} is {_show(y)}, expected {_show(x)}; "
+                    "merge checkpoints that see the same inputs"
+                )
+            lines.append(f"{name}: {key}: {_show(x)} / {_show(y)}")
+    return lines
+
+
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))}
 
@@ -176,6 +203,13 @@ def _compare_files(a: Path, b: Path) -> list[str]:
     if a.name != "tokenizer.json":
         return []
     p, q = _json(a), _json(b)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        for key, (x, y) in _differences({part: p.get(part)}, {part: q.get(part)}).items():
+            if x is not _MISSING and y is not _MISSING:  # newer versions of tokenizers write more keys
+                raise UserError(
+                    f"{b}: another tokenizer than {a}: {key} is {_show(y)}, expected {_show(x)}; "
+                    "merge checkpoints of one tokenizer"
+                )
     ignored = ("model", "added_tokens", "version")
     keys = [key for key in dict.fromkeys([*p, *q]) if key not in ignored and p.get(key) != q.get(key)]
     return [f"tokenizer.json: {', '.join(keys)} differs"] if keys else []

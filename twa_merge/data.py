@@ -200,6 +200,8 @@ def _select(label: Any, splits: dict[str, Callable[[], Any]], split: str | None)
     if split is None:
         if len(splits) == 1:
             return next(iter(splits.values()))()
+        if "validation" in splits:
+            return splits["validation"]()
         raise UserError(f"data {label}: has the splits {', '.join(splits)}; name one")
     names = [_split_name(label, part, splits) for part in split.split("+")]
     opened = {name: splits[name]() for name in dict.fromkeys(names)}

@@ -49,6 +49,12 @@ class Evaluation:
         """The weighted mean loss, with the standard error of a ratio of two means."""
         return _weighted_mean(self.losses_S, self.weights_S)
 
+    @property
+    def ranking_loss(self) -> float:
+        """The mean loss to choose by; infinite where it is NaN, which compares with nothing."""
+        value = self.loss.value
+        return value if math.isfinite(value) else math.inf
+
     def metric(self, name: str) -> Scores:
         """Return a metric of the task by name; `loss` is one too.
 

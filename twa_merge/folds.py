@@ -11,7 +11,6 @@ import torch
 from twa_merge import buffers, league
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
-from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation, evaluate
 from twa_merge.league import Candidate, Folds, Scorer
 from twa_merge.learn_config import LearnConfig
@@ -49,8 +48,8 @@ class FoldLearner:
         learn_config: lr, steps, ...
         scorer: scores tables on the held-out data.
         train_part: learned on in place of the fit parts (TWA-t).
-        state: kept at every evaluation.
-        resume: go on from the state that is there.
+        state: kept at every evaluation; learning goes on from what is there.
+        state_of: says what is learned on what; a state of anything else is refused.
     """
 
     def __init__(
@@ -65,12 +64,12 @@ class FoldLearner:
         scorer: Scorer,
         train_part: Any = None,
         state: StateFolder,
-        resume: bool = False,
+        state_of: str = "",
         progress: bool = False,
     ) -> None:
         self.model, self.soup, self.task, self.held_out, self.folds = model, soup, task, held_out, folds
         self.learn_config, self.scorer, self.train_part = learn_config, scorer, train_part
-        self.state, self.resume, self.progress = state, resume, progress
+        self.state, self.state_of, self.progress = state, state_of, progress
         self.accelerator = scorer.accelerator
 
     def run(self) -> list[Learned]:
@@ -125,7 +124,7 @@ class FoldLearner:
             self.accelerator,
             score=score,
             state_file=self._state_file(number),
-            state_of=f"{len(self.held_out)} samples, fold {fit[:20]}..., checkpoints {self.soup.fingerprints}",
+            state_of=f"fold {number} of {len(self.folds)}, {self.state_of}",
             progress=self.progress,
         )
 
@@ -133,20 +132,13 @@ class FoldLearner:
         start, labels = self.learn_config.start, self.soup.labels
         if start == "uniform":
             return None
-        chooser = {"greedy": greedy_soup, "best": best_single}.get(start)
-        if chooser is None:
-            raise UserError(f"learn.start: expected uniform, greedy or best, got {start!r}")
-        return chooser(labels, lambda weights: self.scorer(weights).subset(fit).loss.value)
+        chooser = {"greedy": greedy_soup, "best": best_single}[start]
+        return chooser(labels, lambda weights: self.scorer(weights).subset(fit).ranking_loss)
 
     def _state_file(self, fold: int) -> Path | None:
         file = self.state.file(fold)
-        if file is None:
-            return None
-        if self.accelerator.is_main_process:
+        if file is not None and self.accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                file.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()  # no process may go on from a state that another is about to drop
         return file
 
     def _passes_of_learning(self, learned: list[Learned]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from twa_merge import buffers, league
@@ -22,6 +24,7 @@ from twa_merge.mixing import MixingWeights
 from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
+from twa_merge.sources import require_order
 from twa_merge.tasks import Task
 from twa_merge.training import Learned
 from twa_merge.writer import write
@@ -78,6 +81,9 @@ class Job:
         self.stage("data", self.open_data)
         self.stage("basis", self.build_model)
         candidates = self.stage("baselines", self.score_baselines)
+        if not self.resume and self.accelerator.is_main_process:
+            self.state.drop()  # also the folds of an earlier run that this one may not reach
+        self.accelerator.wait_for_everyone()
         learner = self.make_learner()
         try:
             learned = self.stage("learning", learner.run)
@@ -121,8 +127,13 @@ class Job:
         if self.output is not None:
             check_output(self.output, self.soup, overwrite=self.overwrite)
         output_dtype(self.recipe.output.dtype)
+        if not self.recipe.output.max_shard_gb > 0:
+            raise UserError(f"output.max_shard_gb: expected a number above 0, got {self.recipe.output.max_shard_gb}")
+        if self.recipe.ordered:
+            require_order(self.soup.labels)
 
-    def open_data(self) -> None:
+    def open_data(self, *, divide: bool = True) -> None:
+        """Open the splits and divide the held-out data, unless nothing is learned."""
         recipe, config = self.recipe, self.recipe.data
         if self.task is None:
             self.task = make_task(recipe, self.soup)
@@ -134,14 +145,14 @@ class Job:
         self.train_part = None
         if train is not None or config.train_split is not None:
             self.train_part = self.prepare(train, config.train_split)
-        if self.train_part is None:
+        if self.train_part is None and divide:
             self.folds: Folds = split_indices(
                 len(self.held_out),
                 select_fraction=config.select_fraction,
                 min_select=config.min_select,
                 seed=recipe.learn.seed,
             )
-        else:  # TWA-t: the held-out split decides as a whole, and baselines are chosen on it
+        else:  # nothing is learned on it: the held-out split decides as a whole, and baselines are chosen on it (TWA-t)
             everything = list(range(len(self.held_out)))
             self.folds = [(everything, everything)]
 
@@ -181,6 +192,9 @@ class Job:
         task = self.task
         fit = sorted({i for part, _ in self.folds for i in part})
         source = self.train_part if self.train_part is not None else Subset(self.held_out, fit)
+        # shuffled: rows sorted by class would make batches of one class, and statistics without the others
+        order = np.random.default_rng(self.recipe.learn.seed).permutation(len(source)).tolist()
+        source = Subset(source, order)
         size = self.recipe.learn.batch_size
         loader = DataLoader(source, batch_size=size, collate_fn=task.collate, drop_last=len(source) >= size)
         return Scorer(
@@ -215,9 +229,17 @@ class Job:
             scorer=self.scorer,
             train_part=self.train_part,
             state=self.state,
-            resume=self.resume,
+            state_of=self.identity(),
             progress=self.progress,
         )
+
+    def identity(self) -> str:
+        """Return what a state must have been learned on to be resumed: recipe, checkpoints and data."""
+        assert self.task is not None
+        recipe, data = self.recipe, self.held_out if self.train_part is None else self.train_part
+        ends = self.task.collate([data[0], data[len(data) // 2], data[len(data) - 1]])
+        about = (recipe.data, recipe.task, recipe.dtype, self.soup.fingerprints, len(self.held_out), len(data), ends)
+        return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
     def score_test(self, candidates: list[Candidate]) -> None:
         for candidate in candidates:

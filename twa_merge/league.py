@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -171,8 +170,7 @@ def _selected(
 def _loss_on(scorer: Scorer, part: list[int] | None) -> Callable[[MixingWeights], float]:
     def loss(weights: MixingWeights) -> float:
         evaluation = scorer(weights)
-        value = (evaluation if part is None else evaluation.subset(part)).loss.value
-        return value if math.isfinite(value) else math.inf
+        return (evaluation if part is None else evaluation.subset(part)).ranking_loss
 
     return loss
 
@@ -185,16 +183,21 @@ class Verdict:
     reason: str
 
 
+def best_baseline(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the candidate with the lowest select loss that was neither learned nor chosen with that part in view."""
+    return min((c for c in candidates if not c.learned and not c.optimistic), key=lambda c: c.select.ranking_loss)
+
+
 def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
     """Return the learned merge if its select loss beats the best baseline's by `margin` paired standard errors.
 
     The best baseline is the one with the lowest select loss. Otherwise that baseline ships.
     """
-    baseline = min((c for c in candidates if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value)
+    baseline = best_baseline(candidates)
     learned = [c for c in candidates if c.learned]
     if not learned:
         return Verdict(baseline, f"{baseline.name} has the lowest select loss")
-    best = min(learned, key=lambda c: c.select.loss.value)
+    best = min(learned, key=lambda c: c.select.ranking_loss)
     gain = paired_difference(baseline.select, best.select)
     if gain.value > margin * gain.standard_error:
         return Verdict(

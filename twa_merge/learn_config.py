@@ -40,7 +40,7 @@ class LearnConfig:
     patience: int = 8
     """Stop after this many evaluations without a better one."""
     mixed_precision: str = "no"
-    """`no`, `bf16` or `fp16`."""
+    """`no` or `bf16` (fp16 would need its gradients scaled)."""
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -54,6 +54,18 @@ class LearnConfig:
             raise UserError(f"learn.lr: expected a number above 0, got {self.lr}")
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
             raise UserError(f"learn.epochs: expected a number above 0, got {self.epochs}")
+        choices = {
+            "coordinates": ("relative", "normalized"),
+            "start": ("uniform", "greedy", "best"),
+            "mixed_precision": ("no", "bf16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                wanted = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+                raise UserError(f"learn.{name}: expected {wanted}, got {getattr(self, name)!r}")
+        for name in ("weight_decay", "regularization"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"learn.{name}: expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"learn.warmup: expected a share of the steps, 0 to 1, got {self.warmup}")
 

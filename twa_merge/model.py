@@ -112,19 +112,25 @@ class MergedModel(nn.Module):
         """
         now = self.twa_coefficients.detach()
         if self._combined is None or self._combined.device != now.device or not torch.equal(now, self._combined):
-            self._combine(self.table_GN())
+            table_GN = self.table_GN()
+            self._combine(lambda name: table_GN[self.basis.row_of(name)])
             _hide(self, _combined=now.clone())
 
-    def _combine(self, table_GN: Tensor) -> None:
+    def _combine(self, row: Callable[[str], Tensor]) -> None:
         for name, parameter in self.module.named_parameters():
             if name in self.basis.blocks:
                 # detach, not .data: the write then counts for graphs that are still open, and they raise
-                self.basis.combine(name, table_GN[self.basis.row_of(name)], out=parameter.detach())
+                self.basis.combine(name, row(name), out=parameter.detach())
 
     def _rows_of(self, weights: MixingWeights) -> Tensor:
         if len(weights.groups) == 1:
             return weights.table.expand(len(self.basis.groups), -1)
-        return torch.stack([weights.row(names[0]) for names in self.basis.groups.values()])
+        rows = []
+        for group, names in self.basis.groups.items():
+            rows.append(weights.row(names[0]))
+            if any(not torch.equal(weights.row(name), rows[-1]) for name in names[1:]):
+                raise UserError(f"mixing weights: differ inside the group {group!r}; start from a coarser table")
+        return torch.stack(rows)
 
     # --- the module, with merged weights ---------------------------------------------------------------------------
 
@@ -144,7 +150,7 @@ class MergedModel(nn.Module):
             if weights is None:
                 self.refresh()
             else:
-                self._combine(self._rows_of(weights))
+                self._combine(weights.row)
                 _hide(self, _combined=None)
                 buffers.load_buffers(self.module, dict(weights.statistics))
         try:
@@ -172,8 +178,12 @@ class MergedModel(nn.Module):
 
         `twa_merge.write` makes the exact merge from the original checkpoints instead.
         """
-        with self.materialized() as module:
-            module.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        restore_dropout(self._dropout)  # the rates stand in the config that is saved
+        try:
+            with self.materialized() as module:
+                module.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+        finally:
+            _hide(self, _dropout=switch_off_dropout(self.module))
         self.mixing_weights().save(Path(folder))
 
     def print_trainable_parameters(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twa_merge.alignment import SoupTensor
+from twa_merge.alignment import SoupTensor, same_data
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.mixing import MixingWeights
@@ -70,6 +70,17 @@ def _require_same_checkpoints(soup: Soup, weights: MixingWeights) -> None:
         raise UserError(f"{soup.labels[k]}: is not checkpoint {k + 1} of the table ({weights.checkpoints[k]}); {hint}")
 
 
+def _row_of_twin(soup: Soup, tensor: SoupTensor, weights: MixingWeights) -> list[Tensor]:
+    """Return the row of the tensor that this one is an alias of, where a module's ties are on disk under both names."""
+    for other in soup.tensors:
+        name = next((n for n in soup.parameters_of(other.name) if weights.knows(n)), None)
+        if name is None or other.entries[0].shape != tensor.entries[0].shape:
+            continue
+        if all(same_data(a, b) for a, b in zip(tensor.entries, other.entries, strict=True)):
+            return [weights.row(name)]
+    return []
+
+
 def _plan_tensor(
     soup: Soup, tensor: SoupTensor, weights: MixingWeights, lead: int, dtype: torch.dtype | None
 ) -> PlannedTensor:
@@ -83,7 +94,11 @@ def _plan_tensor(
         return PlannedTensor(tensor, dtype or own, weights.table[0], None, must_be_equal=False)
     names = soup.parameters_of(tensor.name)
     value = next((weights.statistics[name] for name in names if name in weights.statistics), None)
-    rows = [weights.row(name) for name in names if weights.knows(name)] or [weights.table.mean(dim=0)]
+    rows = [weights.row(name) for name in names if weights.knows(name)]
+    if not rows and value is None:
+        rows = _row_of_twin(soup, tensor, weights)
+    if not rows:  # a buffer
+        rows = [weights.table.mean(dim=0)]
     if any(not torch.equal(row, rows[0]) for row in rows[1:]):
         raise UserError(
             f"tensor {tensor.name!r} holds {', '.join(names)}, whose mixing weights differ; cannot be split"

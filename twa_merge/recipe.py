@@ -110,7 +110,11 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"{override!r}: {parent!r} is no section")
         content = inner
-    content[last] = yaml.safe_load(value)
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{override!r}: the value is not readable as YAML ({reason}); quote names with a *") from error
 
 
 def from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twa_merge.checkpoints import Soup
 from twa_merge.evaluation import Evaluation, Scores, bootstrap_paired, paired_difference
-from twa_merge.league import Candidate
+from twa_merge.league import Candidate, best_baseline
 from twa_merge.plots import plot_curve, plot_league, plot_mixing_weights
 from twa_merge.recipe import Recipe, to_yaml
 
@@ -65,7 +65,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 def summary(result: Result) -> dict[str, Any]:
     """Return the machine-readable account of a run."""
-    baseline = min((c for c in result.league if not c.learned and not c.optimistic), key=lambda c: c.select.loss.value)
+    baseline = best_baseline(result.league)
     return {
         "winner": result.verdict.winner.name,
         "reason": result.verdict.reason,
@@ -73,7 +73,7 @@ def summary(result: Result) -> dict[str, Any]:
         "cross_fitting_folds": len(result.folds) if len(result.folds) > 1 else None,
         "samples": {"fit": len(result.folds[0][0]), "select": sum(len(part) for _, part in result.folds)},
         "league": [_candidate(c, baseline) for c in result.league],
-        "curves": [run.curve for run in result.learned],
+        "curves": [[{k: finite(v) for k, v in row.items()} for row in run.curve] for run in result.learned],
         "best_step": result.best_step,
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
         "peak_memory_mb": {name: round(value, 1) for name, value in result.peak_memory_mb.items()},
@@ -96,16 +96,16 @@ def _candidate(candidate: Candidate, baseline: Candidate) -> dict[str, Any]:
             about[part][metric.name] = _json_scores(evaluation.metric(metric.name))
     gain = paired_difference(baseline.select, candidate.select)
     interval = bootstrap_paired(baseline.select, candidate.select)
-    about["select_gain_over_best_baseline"] = {**_json_scores(gain), "bootstrap_95": [*map(_finite, interval)]}
+    about["select_gain_over_best_baseline"] = {**_json_scores(gain), "bootstrap_95": [*map(finite, interval)]}
     about["mixing_weights"] = dict(zip(candidate.weights.groups, candidate.weights.table.tolist(), strict=True))
     return about
 
 
 def _json_scores(scores: Scores) -> dict[str, float | None]:
-    return {"value": _finite(scores.value), "standard_error": _finite(scores.standard_error)}
+    return {"value": finite(scores.value), "standard_error": finite(scores.standard_error)}
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 
@@ -128,7 +128,7 @@ def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> No
         "notes": soup.notes,
         "versions": versions(),
     }
-    (folder / "report.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     plot_league(result.league, result.verdict.winner, folder / "league.png")
     learned = next((c for c in result.league if c.learned), result.verdict.winner)

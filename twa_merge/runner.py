@@ -33,6 +33,8 @@ def train(
     train_data: Any = None,
     output: str | Path | None = None,
     recipe: Recipe | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     **learn_options: Any,
 ) -> Result:
     """Learn the mixing weights of a soup on held-out data and write the merged model.
@@ -42,12 +44,15 @@ def train(
         data: held-out data: a path or Hub name, a `datasets.Dataset`, or with a `Task` or a `module` any map-style
             data set of features that the task collates.
         task: a task's name or a `Task`; default found from the checkpoint.
-        module: any module whose forward returns a loss, or with `loss`.
+        module: any module whose forward returns a loss, or with `loss`. Its weights are overwritten; load the merge
+            from `output`, or pass a copy.
         loss: `loss(outputs, targets)` for batches `(inputs, targets)`.
         test: scored once, at the end.
         train_data: learn on this instead (TWA-t); `data` then only selects.
         output: folder of the merged model; None writes nothing.
         recipe: everything else; `learn_options` override its `learn` part.
+        resume: go on with an interrupted run to the same output.
+        overwrite: replace an earlier merge at `output`.
 
     Raises:
         UserError: something the caller can mend.
@@ -58,9 +63,11 @@ def train(
         recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
     if isinstance(task, str):
         recipe = replace(recipe, task=task)
+    if isinstance(data, str | Path):  # for the recipe.yaml that is left with the merge
+        recipe = replace(recipe, data=replace(recipe.data, path=str(data)))
     splits = {"held_out": data, "test": test, "train": train_data}
     chosen = task if isinstance(task, Task) else module_task(loss) if module is not None else None
-    return Job(recipe, soup, splits, task=chosen, module=module).run()
+    return Job(recipe, soup, splits, task=chosen, module=module, resume=resume, overwrite=overwrite).run()
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Result:
@@ -80,7 +87,7 @@ def evaluate_checkpoints(recipe: Recipe) -> dict[str, Evaluation]:
     soup = Soup(recipe.checkpoints, allow_pickle=recipe.allow_pickle)
     job = Job(recipe, soup, {})
     job.accelerator = make_accelerator(recipe)
-    job.open_data()
+    job.open_data(divide=False)
     job.build_model()
     return {label: job.scorer(mixing.one_hot(k, soup.labels)) for k, label in enumerate(soup.labels)}
 
@@ -89,7 +96,7 @@ def choose_baseline(recipe: Recipe, soup: Soup, method: str) -> MixingWeights:
     """Return the greedy soup or the best single checkpoint on all held-out data, statistics recomputed."""
     job = Job(recipe, soup, {})
     job.accelerator = make_accelerator(recipe)
-    job.open_data()
+    job.open_data(divide=False)
     job.build_model()
     chooser = {"greedy": greedy_soup, "best": best_single}[method]
-    return job.scorer.with_statistics(chooser(soup.labels, lambda weights: job.scorer(weights).loss.value))
+    return job.scorer.with_statistics(chooser(soup.labels, lambda weights: job.scorer(weights).ranking_loss))

@@ -51,6 +51,18 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
+def require_order(labels: Sequence[str]) -> None:
+    """Raise if snapshots of one run, whose names differ in a number, are not in the order of these numbers.
+
+    An unquoted `checkpoint-*` comes from the shell as 1000, 200, 500.
+    """
+    if len({re.sub(r"\d+", "#", label) for label in labels}) == 1 and list(labels) != sorted(labels, key=natural_key):
+        raise UserError(
+            f"snapshots: expected in the order of the run, got {', '.join(labels[:3])}, ...; put the pattern in quotes "
+            "('runs/checkpoint-*') or name them in order"
+        )
+
+
 def _expand(argument: str, *, allow_pickle: bool) -> list[Source]:
     path = Path(argument).expanduser()
     if path.exists():

@@ -155,7 +155,7 @@ class _Run:
         return mean
 
     def evaluate(self, score: Callable[[], Evaluation], step: int, fit_loss: float) -> None:
-        loss = score().loss.value
+        loss = score().ranking_loss
         lr = self.optimizer.param_groups[0]["lr"]
         self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
         self.tables.append(self.model.table_GN())

@@ -133,7 +133,9 @@ class _Mixer:
     def tiles(self, item: PlannedTensor) -> Iterator[Tensor]:
         """Yield the merged tensor in flat pieces; a piece is valid until the next one is asked for."""
         if item.value is not None:
-            yield item.value.to(item.dtype)
+            value = item.value.to(item.dtype)
+            _require_fits(item, value)
+            yield value
             return
         entries = item.source.entries
         members = [(k, float(w)) for k, w in enumerate(item.weights_N) if w != 0]
@@ -143,7 +145,9 @@ class _Mixer:
                 yield self._copied(item, members[0][0], first, count)
                 continue
             merged = self._merged(item.source, members, first, count)
-            yield self._out[: count * item.dtype.itemsize].view(item.dtype).copy_(merged)
+            out = self._out[: count * item.dtype.itemsize].view(item.dtype).copy_(merged)
+            _require_fits(item, out)
+            yield out
 
     def _read(self, entry: Entry, first: int, count: int) -> Tensor:
         if entry.file not in self._files:
@@ -163,12 +167,14 @@ class _Mixer:
         return total
 
     def _copied(self, item: PlannedTensor, k: int, first: int, count: int) -> Tensor:
-        value = self._read(item.source.entries[k], first, count).to(item.dtype)
+        own = self._read(item.source.entries[k], first, count)
+        if item.source.is_float and not torch.isfinite(own.sum()):
+            self._require_finite(item.source, k, own)
+        value = own.to(item.dtype)
+        _require_fits(item, value)
         if item.must_be_equal:
             value = value.clone()  # the buffer is read into again
             self._require_equal(item.source, value, first)
-        elif item.source.is_float and not torch.isfinite(value.sum()):
-            self._require_finite(item.source, k, value)
         return value
 
     def _require_equal(self, tensor: SoupTensor, value: Tensor, first: int) -> None:
@@ -181,6 +187,14 @@ class _Mixer:
             raise UserError(
                 f"{self.labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out"
             )
+
+
+def _require_fits(item: PlannedTensor, value: Tensor) -> None:
+    if item.dtype == torch.float16 and not torch.isfinite(value).all():
+        raise UserError(
+            f"tensor {item.source.name!r}: the merge holds numbers beyond 65504, which float16 has not; "
+            "use bfloat16 or float32 as dtype"
+        )
 
 
 @contextlib.contextmanager
