@@ -256,4 +256,4 @@ def _bar(loader: Any, progress: bool, accelerator: Any) -> Any:
         return loader
     from tqdm import tqdm
 
-    return tqdm(loader, desc="evaluating", unit="batch", leave=False, delay=2)
+    return tqdm(loader, desc="evaluating", unit="batch", leave=False, delay=2, disable=None)
