@@ -1,5 +1,6 @@
 """The whole job for every kind of task: folders and data in, a merged folder out that transformers takes up again."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_a_task_from_folders_to_a_merged_folder(tmp_path, monkeypatch, capsys, t
     _, about = getattr(transformers, name).from_pretrained("out", output_loading_info=True)
     assert not about["missing_keys"] and not about["unexpected_keys"]
     assert main(["evaluate", "out", *members, "--data", "data", "--split", "test", *more]) == 0
+
+
+def test_prefix_and_problem_type_reach_the_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members = soup_of(tiny_tasks.save_t5, Path("t5"), n=2)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("seq2seq", 12)))
+
+    def losses(*more):
+        monkeypatch.setattr("sys.stdout", io.StringIO())
+        assert main(["evaluate", *members, "--data", "rows.jsonl", "--json", *more]) == 0
+        return [row["loss"] for row in json.loads(sys.stdout.getvalue()).values()]
+
+    assert losses() != losses("--source-prefix", "the cat ")
+    members = soup_of(tiny_tasks.save_bert, Path("bert"), n=2, num_labels=2)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("multi-label", 12)))
+    assert all(np.isfinite(losses("--problem-type", "multi_label_classification")))
 
 
 def test_a_class_folder_of_images(tmp_path, monkeypatch):

@@ -113,7 +113,15 @@ def make_task(recipe: Recipe, soup: Soup) -> Task:
     if config.preprocess is not None:
         return custom_task(load_function(config.preprocess), folder, metrics=config.metrics or ())
     name = recipe.task or guess_task(architectures(folder))
-    return build_task(name, folder, columns=config.columns, max_length=config.max_length, metrics=config.metrics)
+    return build_task(
+        name,
+        folder,
+        columns=config.columns,
+        max_length=config.max_length,
+        metrics=config.metrics,
+        problem_type=config.problem_type,
+        source_prefix=config.source_prefix,
+    )
 
 
 def load_function(where: str) -> Callable[..., Any]:

@@ -126,6 +126,8 @@ def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="such as text=sentence")
     parser.add_argument("--metric", action="append", metavar="NAME", help="accuracy, f1, mse, exact_match, bleu, ...")
     parser.add_argument("--max-length", type=int, help="tokens")
+    parser.add_argument("--problem-type", help="of a text classification, where the checkpoint does not say")
+    parser.add_argument("--source-prefix", help="put before every source text (seq2seq, T5)")
     parser.add_argument("--eval-batch-size", type=int, help="samples of one scoring pass")
     parser.add_argument("--device", help="auto, cpu or cuda")
 

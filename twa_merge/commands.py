@@ -203,7 +203,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     ]
     content: dict[str, Any] = {
         "checkpoints": args.checkpoints,
-        "data": data | given(max_length="max_length") | ({"columns": columns} if columns else {}),
+        "data": data
+        | given(max_length="max_length", problem_type="problem_type", source_prefix="source_prefix")
+        | ({"columns": columns} if columns else {}),
         "learn": given(**{flag: flag for flag in learn_flags}),
         "output": given(path="output", dtype="dtype", max_shard_gb="max_shard_gb"),
         "allow_pickle": args.allow_pickle,

@@ -34,6 +34,10 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Role -> column, such as `text: sentence`."""
     max_length: int | None = None
+    problem_type: str | None = None
+    """Of a text classification; default as in the checkpoint's config, or found from its labels."""
+    source_prefix: str = ""
+    """Put before every source text of a seq2seq task, as T5 was trained: `translate English to German: `."""
     preprocess: str | None = None
     """`package.module:function` that makes features of a task without a built-in."""
     metrics: list[str] | None = None
