@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from trials import KINDS, Trial, add_arguments
@@ -129,11 +128,15 @@ def measured(select: Evaluation | None, test: Evaluation) -> dict[str, Any]:
 
 
 def fine_tune(trial: Trial, soup: twa.Soup, weights: twa.MixingWeights) -> Evaluation:
-    """Return the test evaluation of a merge fine-tuned on the fit part; lr and epoch are chosen on the select part."""
+    """Return the test evaluation of a merge fine-tuned on the fit part.
+
+    Learning rate and epoch, epoch 0 (not fine-tuned) among them, are chosen on the select part.
+    """
     merged = twa.merged_model(soup, copy.deepcopy(trial.module), granularity="model")
     module = merged.merge_and_unload() if weights is None else materialise(merged, soup, weights)
     fit, select = split_indices(len(trial.held_out), min_select=1, seed=trial.seed)[0]
-    best, best_loss = copy.deepcopy(module), np.inf
+    held_out = Subset(trial.held_out, select)
+    best, best_loss = copy.deepcopy(module), evaluate(module, held_out, trial.task, batch_size=64).loss.value
     for lr in RIVAL_LRS:
         tuned = copy.deepcopy(module)
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr)
@@ -147,7 +150,7 @@ def fine_tune(trial: Trial, soup: twa.Soup, weights: twa.MixingWeights) -> Evalu
                 torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            loss = evaluate(tuned, Subset(trial.held_out, select), trial.task, batch_size=64).loss.value
+            loss = evaluate(tuned, held_out, trial.task, batch_size=64).loss.value
             if loss < best_loss:
                 best, best_loss = copy.deepcopy(tuned), loss
     return evaluate(best, trial.test, trial.task, batch_size=64)
