@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from twa_merge import mixing
 from twa_merge.errors import UserError
@@ -93,6 +94,32 @@ def test_load_refuses_what_is_no_table(tmp_path):
         MixingWeights.load(tmp_path)
     (tmp_path / "mixing_weights.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a readable safetensors"):
+        MixingWeights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"format": "another"},
+        {"groups": None},
+        {"groups": {"model": [], "more": []}},
+        {"checkpoints": 2},
+        {"checkpoints": ["a"]},
+        {"fingerprints": ["x"]},
+    ],
+)
+def test_load_refuses_damaged_metadata_in_one_line(tmp_path, changed):
+    about = {"format": mixing.FORMAT, "checkpoints": ["a", "b"], "fingerprints": [], "groups": {"model": []}}
+    table = {"mixing_weights": torch.full((1, 2), 0.5, dtype=torch.float64)}
+    file = tmp_path / "mixing_weights.safetensors"
+    save_file(table, file, metadata={"twa_merge": json.dumps(about)})
+    assert MixingWeights.load(tmp_path).checkpoints == ("a", "b")
+    save_file(table, file, metadata={"twa_merge": json.dumps(about | changed)})
+    with pytest.raises(UserError, match="holds no mixing weights") as caught:
+        MixingWeights.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    save_file(table, file, metadata={"twa_merge": "{"})
+    with pytest.raises(UserError, match="holds no mixing weights"):
         MixingWeights.load(tmp_path)
 
 

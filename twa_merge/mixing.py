@@ -41,6 +41,8 @@ class MixingWeights:
         expected = (len(self.groups), len(self.checkpoints))
         if self.table.dtype != torch.float64 or tuple(self.table.shape) != expected:
             raise ValueError(f"table: expected float64 of shape {expected}, got {self.table.dtype} {self.table.shape}")
+        if len(self.fingerprints) not in (0, len(self.checkpoints)):
+            raise ValueError(f"fingerprints: expected {len(self.checkpoints)}, got {len(self.fingerprints)}")
         sums = self.table.sum(dim=1)
         wrong = ~((sums - 1).abs() <= 1e-6)  # the negation also catches NaN
         if wrong.any():
@@ -121,16 +123,23 @@ class MixingWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-        about = json.loads(metadata.get(_METADATA, "{}"))
-        if about.get("format") != FORMAT or _TABLE not in tensors:
-            raise UserError(f"{path}: holds no mixing weights of twa_merge; expected a file that `train` left behind")
-        return cls(
-            table=tensors.pop(_TABLE),
-            groups={group: tuple(names) for group, names in about["groups"].items()},
-            checkpoints=tuple(about["checkpoints"]),
-            statistics={name.removeprefix(_STATISTICS): value for name, value in tensors.items()},
-            fingerprints=tuple(about["fingerprints"]),
-        )
+        try:
+            about = json.loads(metadata.get(_METADATA, "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError("no mixing weights of twa_merge")
+            return cls(
+                table=tensors.pop(_TABLE),
+                groups={str(group): tuple(map(str, names)) for group, names in about["groups"].items()},
+                checkpoints=tuple(map(str, about["checkpoints"])),
+                statistics={name.removeprefix(_STATISTICS): value for name, value in tensors.items()},
+                fingerprints=tuple(map(str, about["fingerprints"])),
+            )
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: holds no mixing weights of twa_merge ({error}); expected a file that `train` left behind"
+            ) from error
 
 
 def one_row(
