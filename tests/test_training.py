@@ -396,7 +396,12 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_resumes_to_the_same
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(train_command(soup_folder, whole), env=env, check=True, capture_output=True, timeout=300)
     process = subprocess.Popen(
-        train_command(soup_folder, cut), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        train_command(soup_folder, cut),
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # tests that a shell runs in the background inherit Ctrl-C as ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     state = tmp_path / ".cut.twa-state"
     deadline = time.time() + 120
