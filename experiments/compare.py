@@ -58,7 +58,7 @@ class SharedJob(Job):
             table = candidate.weights.table
             key = table.expand(len(candidate.weights.groups), -1).numpy().tobytes()
             if key not in self.scores.test:
-                self.scores.test[key] = self.scorer.on(candidate.weights, self.test)
+                self.scores.test[key] = self.scorer.on(candidate.weights, self.data.test)
             candidate.test = self.scores.test[key]
 
 

@@ -89,6 +89,13 @@ def test_learning_on_a_training_split_with_snapshots_in_order(work, capsys):
     assert report["samples"]["select"] == 60 and report["cross_fitting_folds"] is None
 
 
+def test_a_part_of_the_training_split_selects_with_a_warning(work, capsys):
+    splits = ["--split", "validation[:30]", "--train-split", "validation[30:]"]
+    assert main([*train_args(), *splits]) == 0
+    assert "held-out rows are a part of the training split" in capsys.readouterr().err
+    assert "optimistic" in json.loads(Path("out/report.json").read_text())["warnings"][0]
+
+
 def test_average_and_its_methods(work):
     states = [load_file(f"{m}/model.safetensors") for m in members()]
     assert main(["average", *members(), "--output", "uniform"]) == 0
@@ -234,6 +241,8 @@ BROKEN_RUNS = {
     "one for average": (["average", "soup/member-0", "--output", "out"], "at least two checkpoints"),
     "column": ([*train_args(), "--column", "text=sentence"], "text, label"),
     "split": ([*train_args(), "--test-split", "tests"], "validation"),
+    "rows that also test": ([*train_args(), "--test-split", "validation[50:]"], "rows 50 to 59 of 'validation' are"),
+    "rows learned on that also select": ([*train_args(), "--train-split", "dev"], "held-out and train data"),
     "task": ([*train_args(), "--task", "text-clasification"], "text-classification"),
     "granularity": ([*train_args(), "--granularity", "block"], "model, layer, tensor"),
     "coordinates": ([*train_args(), "--coordinates", "polar"], "relative"),

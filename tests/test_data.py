@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from twa_merge.data import open_split, split_indices
+from twa_merge import data
 from twa_merge.errors import UserError
+from twa_merge.splits import require_disjoint, same_split, split_indices
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
+
+
+def open_split(*args, **kwargs):
+    return data.open_split(*args, **kwargs).dataset
 
 
 def rows(count, offset=0):
@@ -100,6 +105,33 @@ def test_unknown_splits_list_those_there_are(folder):
         open_split(folder, "train[x:]")
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        ("train[:50%]", "train[50%:]", None),
+        ("train[:6]", "train[-5:]", "rows 5 to 5 of 'train' are held-out and test data"),
+        ("validation+train[:2]", "train[1:3]", "rows 1 to 1 of 'train'"),
+        ("dev", "validation[:1]", "rows 0 to 0 of 'validation'"),
+        ("train", "test", None),
+    ],
+)
+def test_splits_that_share_rows_are_refused(folder, a, b, shared):
+    rows = {"held-out": data.open_split(folder, a), "test": data.open_split(str(folder), b)}
+    assert same_split(*rows.values()) == (shared is not None or "[" in a)
+    if shared is None:
+        require_disjoint(rows)
+        return
+    with pytest.raises(UserError, match=shared.replace("[", r"\[")):
+        require_disjoint(rows)
+
+
+def test_the_same_data_passed_twice_are_refused_and_equal_ones_are_not():
+    one, other = (datasets.Dataset.from_dict(rows(5)) for _ in range(2))
+    require_disjoint({"held-out": data.open_split(one), "test": data.open_split(other)})
+    with pytest.raises(UserError, match="rows 0 to 4 of 'train' are held-out and test data"):
+        require_disjoint({"held-out": data.open_split(one), "test": data.open_split(one)})
+
+
 def test_saved_to_disk(tmp_path):
     one = datasets.Dataset.from_dict(rows(5))
     one.save_to_disk(tmp_path / "one")
@@ -161,12 +193,12 @@ def test_hub_data_are_asked_for_as_named(monkeypatch):
 
     def load(*args, **kwargs):
         asked.append((args, kwargs))
-        return datasets.Dataset.from_dict(rows(3))
+        return datasets.DatasetDict({"validation": datasets.Dataset.from_dict(rows(5))})
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(open_split("nyu-mll/glue", "validation[:3]", name="sst2", revision="abc")) == 3
-    assert asked == [(("nyu-mll/glue", "sst2"), {"revision": "abc", "split": "validation[:3]"})]
+    assert asked == [(("nyu-mll/glue", "sst2"), {"revision": "abc"})]
 
 
 def test_broken_empty_and_unreadable(tmp_path):

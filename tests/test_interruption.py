@@ -17,7 +17,7 @@ from tests.test_cli import write_rows
 
 STAGES = {
     "header reading": ("twa_merge.tensorfile", "read_header", 2),
-    "data": ("twa_merge.job", "open_split", 1),
+    "data": ("twa_merge.job_data", "open_split", 1),
     "basis": ("twa_merge.tensorfile", "read_range", 5),
     "baselines": ("twa_merge.league", "evaluate", 3),
     "first step": ("twa_merge.training", "_Run.step_on", 1),

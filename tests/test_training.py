@@ -91,7 +91,7 @@ def trained_by_trainer(folder, **arguments):
     task = build_task("text-classification", soup.folder)
     from twa_merge.data import open_split
 
-    rows = list(task.prepare(open_split(folder / "data/validation.csv", None)))
+    rows = list(task.prepare(open_split(folder / "data/validation.csv").dataset))
     settings = {
         "output_dir": str(folder / "trainer"), "max_steps": 5, "per_device_train_batch_size": 8, "use_cpu": True,
         "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": [],

@@ -8,21 +8,20 @@ from typing import Any
 from twa_merge.errors import UserError, raise_disk_failure
 
 
-def load_from_hub(source: str, split: str | None, *, name: str | None, revision: str | None) -> Any:
-    """Return a split of a data set on the Hub (all splits for None); nothing in its repository is run.
+def load_from_hub(source: str, *, name: str | None, revision: str | None) -> Any:
+    """Return all splits of a data set on the Hub; nothing in its repository is run.
 
     Raises:
-        UserError: no such data set or split, no access, or no network and nothing in the cache.
+        UserError: no such data set, no access, or no network and nothing in the cache.
     """
     import datasets
 
     _check_reachable(source, revision)
     try:
-        return datasets.load_dataset(source, name, revision=revision, split=split)
+        return datasets.load_dataset(source, name, revision=revision)
     except Exception as error:  # transport errors share no public base class
         raise_disk_failure(error)
-        wanted = "it" if split is None else f"its split {split!r}"
-        raise UserError(f"data {source}: the Hub did not give {wanted} ({first_line(error)})") from error
+        raise UserError(f"data {source}: the Hub did not give it ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -16,9 +16,9 @@ from torch import nn
 from twa_merge import buffers, league
 from twa_merge.assembly import config_folder, load_architecture, make_accelerator, make_task, merged_model
 from twa_merge.checkpoints import Soup, require_several
-from twa_merge.data import open_split, split_indices
 from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
+from twa_merge.job_data import open_job_data
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import output_dtype
@@ -68,7 +68,6 @@ class Job:
     ) -> None:
         self.recipe, self.soup, self.splits, self.task, self.module = recipe, soup, splits, task, module
         self.resume, self.overwrite, self.progress = resume, overwrite, progress
-        self.holds_features = task is not None
         self.output = Path(recipe.output.path) if recipe.output.path is not None else None
         self.state = StateFolder(self.output)
         self.seconds: dict[str, float] = {}
@@ -94,7 +93,7 @@ class Job:
         candidate, best_step = self.stage("scoring", lambda: learner.candidate(learned))
         candidates.append(candidate)
         verdict = league.choose(candidates, self.recipe.margin)
-        if self.test is not None:
+        if self.data.test is not None:
             self.stage("test", lambda: self.score_test(candidates))
         weights = self.scorer.with_statistics(verdict.winner.weights)
         result = Result(
@@ -103,7 +102,7 @@ class Job:
             verdict=verdict,
             learned=learned,
             best_step=best_step,
-            folds=self.folds,
+            folds=self.data.folds,
             warnings=self.warnings,
             seconds=self.seconds,
             peak_memory_mb=self.peak_memory_mb,
@@ -134,39 +133,10 @@ class Job:
 
     def open_data(self, *, divide: bool = True) -> None:
         """Open the splits and divide the held-out data, unless nothing is learned."""
-        recipe, config = self.recipe, self.recipe.data
+        holds_features = self.task is not None
         if self.task is None:
-            self.task = make_task(recipe, self.soup)
-        self.held_out = self.prepare(self.splits.get("held_out"), config.split)
-        self.test = None
-        if self.splits.get("test") is not None or config.test_split is not None:
-            self.test = self.prepare(self.splits.get("test"), config.test_split)
-        train = self.splits.get("train")
-        self.train_part = None
-        if train is not None or config.train_split is not None:
-            self.train_part = self.prepare(train, config.train_split)
-        if self.train_part is None and divide:
-            self.folds: Folds = split_indices(
-                len(self.held_out),
-                select_fraction=config.select_fraction,
-                min_select=config.min_select,
-                seed=recipe.learn.seed,
-            )
-        else:  # nothing is learned on it: the held-out split decides as a whole, and baselines are chosen on it (TWA-t)
-            everything = list(range(len(self.held_out)))
-            self.folds = [(everything, everything)]
-
-    def prepare(self, given: Any, split: str | None) -> Any:
-        """Return features of a split; data passed with a `Task` or a module hold features already."""
-        assert self.task is not None
-        source = given if given is not None else self.recipe.data.path
-        if source is None:
-            raise UserError("data: none given")
-        if isinstance(source, str | Path) or not self.holds_features:
-            return self.task.prepare(open_split(source, split, name=self.recipe.data.name))
-        if len(source) == 0:
-            raise UserError("data: the data set is empty")
-        return source
+            self.task = make_task(self.recipe, self.soup)
+        self.data = open_job_data(self.recipe, self.splits, self.task, holds_features=holds_features, divide=divide)
 
     def build_model(self) -> None:
         learn_config = self.recipe.learn
@@ -190,8 +160,9 @@ class Job:
 
         assert self.task is not None
         task = self.task
-        fit = sorted({i for part, _ in self.folds for i in part})
-        source = self.train_part if self.train_part is not None else Subset(self.held_out, fit)
+        data = self.data
+        fit = sorted({i for part, _ in data.folds for i in part})
+        source = data.train if data.train is not None else Subset(data.held_out, fit)
         # shuffled: rows sorted by class would make batches of one class, and statistics without the others
         order = np.random.default_rng(self.recipe.learn.seed).permutation(len(source)).tolist()
         source = Subset(source, order)
@@ -201,7 +172,7 @@ class Job:
             self.model,
             self.soup,
             task,
-            self.held_out,
+            data.held_out,
             batch_size=self.recipe.eval_batch_size,
             accelerator=self.accelerator,
             statistics_batches=(lambda: loader) if buffers.has_batchnorm(self.model.module) else None,
@@ -209,10 +180,11 @@ class Job:
         )
 
     def score_baselines(self) -> list[Candidate]:
-        candidates = league.baselines(self.scorer, self.soup.labels, self.folds, ordered=self.recipe.ordered)
+        candidates = league.baselines(self.scorer, self.soup.labels, self.data.folds, ordered=self.recipe.ordered)
         basis = self.model.basis
         centre = sum(float(block[-1].square().sum()) for block in basis.blocks.values()) ** 0.5
-        self.warnings = league.warnings(self.scorer, self.soup, basis.norms, centre)
+        self.warnings = [self.data.warning] if self.data.warning is not None else []
+        self.warnings += league.warnings(self.scorer, self.soup, basis.norms, centre)
         for warning in self.warnings if self.accelerator.is_main_process else ():
             print(f"warning: {warning}", file=sys.stderr)
         return candidates
@@ -223,11 +195,11 @@ class Job:
             self.model,
             self.soup,
             self.task,
-            self.held_out,
-            self.folds,
+            self.data.held_out,
+            self.data.folds,
             learn_config=self.recipe.learn,
             scorer=self.scorer,
-            train_part=self.train_part,
+            train_part=self.data.train,
             state=self.state,
             state_of=self.identity(),
             progress=self.progress,
@@ -236,14 +208,22 @@ class Job:
     def identity(self) -> str:
         """Return what a state must have been learned on to be resumed: recipe, checkpoints and data."""
         assert self.task is not None
-        recipe, data = self.recipe, self.held_out if self.train_part is None else self.train_part
+        recipe, data = self.recipe, self.data.learned_on
         ends = self.task.collate([data[0], data[len(data) // 2], data[len(data) - 1]])
-        about = (recipe.data, recipe.task, recipe.dtype, self.soup.fingerprints, len(self.held_out), len(data), ends)
+        about = (
+            recipe.data,
+            recipe.task,
+            recipe.dtype,
+            self.soup.fingerprints,
+            len(self.data.held_out),
+            len(data),
+            ends,
+        )
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
     def score_test(self, candidates: list[Candidate]) -> None:
         for candidate in candidates:
-            candidate.test = self.scorer.on(candidate.weights, self.test)
+            candidate.test = self.scorer.on(candidate.weights, self.data.test)
 
     def write(self, result: Result) -> None:
         from twa_merge.report import write_report
