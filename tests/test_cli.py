@@ -260,6 +260,10 @@ BROKEN_RUNS = {
     ),
     "last without its method": (["average", *members(), "--last", "2", "--output", "out"], "only with --method last"),
     "data without its method": (["average", *members(), "--data", "data", "--output", "out"], "greedy or best"),
+    "shard size": (
+        ["average", *members(), "--max-shard-gb", "0", "--output", "out"],
+        "max_shard_gb: expected a number",
+    ),
     "order of snapshots": (
         ["average", "soup/member-2", "soup/member-0", "soup/member-1", "--method", "last", "--output", "out"],
         "expected in the order of the run, got soup/member-2, soup/member-0",
@@ -269,7 +273,7 @@ BROKEN_RUNS = {
         "expected in the order of the run",
     ),
     "fp16": ([*train_args(), "--mixed-precision", "fp16"], "learn.mixed_precision: expected no or bf16, got 'fp16'"),
-    "shard size": ([*train_args(), "--max-shard-gb", "nan"], "output.max_shard_gb: expected a number above 0"),
+    "shard size": ([*train_args(), "--max-shard-gb", "nan"], "max_shard_gb: expected a number above 0"),
     "pattern as YAML": (["run", "r.yaml", "learn.granularity=[*.attn.*]"], "quote names with a *"),
     "no data": ([*train_args()[:4], "--data", "nowhere.csv", "--output", "out"], "nowhere.csv"),
     "output is an input": (["average", *members(), "--output", "soup/member-0", "--overwrite"], "input"),

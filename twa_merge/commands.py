@@ -112,14 +112,14 @@ def apply(args: argparse.Namespace) -> None:
 
 def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None:
     from twa_merge.plan import output_dtype
-    from twa_merge.writer import MAX_SHARD_BYTES, write
+    from twa_merge.writer import MAX_SHARD_BYTES, shard_bytes, write
 
     write(
         soup,
         weights,
         args.output,
         dtype=output_dtype(args.dtype),
-        max_shard_bytes=int(args.max_shard_gb * 1e9) if args.max_shard_gb else MAX_SHARD_BYTES,
+        max_shard_bytes=MAX_SHARD_BYTES if args.max_shard_gb is None else shard_bytes(args.max_shard_gb),
         overwrite=args.overwrite,
         progress=True,
     )

@@ -27,7 +27,7 @@ from twa_merge.recipe import Recipe
 from twa_merge.sources import require_order
 from twa_merge.tasks import Task
 from twa_merge.training import Learned
-from twa_merge.writer import write
+from twa_merge.writer import shard_bytes, write
 
 
 @dataclass
@@ -126,8 +126,7 @@ class Job:
         if self.output is not None:
             check_output(self.output, self.soup, overwrite=self.overwrite)
         output_dtype(self.recipe.output.dtype)
-        if not self.recipe.output.max_shard_gb > 0:
-            raise UserError(f"output.max_shard_gb: expected a number above 0, got {self.recipe.output.max_shard_gb}")
+        shard_bytes(self.recipe.output.max_shard_gb)
         if self.recipe.ordered:
             require_order(self.soup.labels)
 
@@ -235,7 +234,7 @@ class Job:
                 result.weights,
                 self.output,
                 dtype=output_dtype(self.recipe.output.dtype),
-                max_shard_bytes=int(self.recipe.output.max_shard_gb * 1e9),
+                max_shard_bytes=shard_bytes(self.recipe.output.max_shard_gb),
                 overwrite=self.overwrite,
                 finish=lambda folder: write_report(folder, result, self.recipe, self.soup),
                 progress=self.progress,

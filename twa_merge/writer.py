@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,13 @@ def write(
         if finish is not None:
             finish(folder)
     return Path(output)
+
+
+def shard_bytes(gigabytes: float) -> int:
+    """Return a user's `max_shard_gb` in bytes."""
+    if not 0 < gigabytes < float("inf"):
+        raise UserError(f"max_shard_gb: expected a number above 0, got {gigabytes}")
+    return math.ceil(gigabytes * 1e9)
 
 
 def _write_model(
