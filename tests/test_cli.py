@@ -260,7 +260,7 @@ BROKEN_RUNS = {
     ),
     "last without its method": (["average", *members(), "--last", "2", "--output", "out"], "only with --method last"),
     "data without its method": (["average", *members(), "--data", "data", "--output", "out"], "greedy or best"),
-    "shard size": (
+    "shard size of a fixed merge": (
         ["average", *members(), "--max-shard-gb", "0", "--output", "out"],
         "max_shard_gb: expected a number",
     ),
