@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.factory import make_soup, make_tokenizer
-from twa_merge.configs import compare_configs, compare_tokenizers
+from twa_merge.configs import compare_configs
 from twa_merge.errors import UserError
+from twa_merge.preparation import compare_processors, compare_tokenizers
 
 BERT: dict[str, Any] = {
     "model_type": "bert",
@@ -271,3 +272,54 @@ def test_tokenizers_of_different_kinds_are_listed(tokenizers: tuple[Path, Path])
 def test_broken_tokenizer(tokenizers: tuple[Path, Path]) -> None:
     (tokenizers[1] / "tokenizer.json").write_text("{")
     assert "not readable" in refused(compare_tokenizers, *tokenizers)
+
+
+def test_steps_of_a_tokenizer_in_a_list_are_compared_one_by_one(tokenizers: tuple[Path, Path]) -> None:
+    def steps(**last: Any) -> Any:
+        return {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Metaspace", **last}]}
+
+    edit(tokenizers[0], lambda data: data.update(pre_tokenizer=steps(prepend_scheme="always", add_prefix_space=True)))
+    edit(tokenizers[1], lambda data: data.update(pre_tokenizer=steps(prepend_scheme="always", split=True)))
+    assert compare_tokenizers(*tokenizers) == ["tokenizer.json: pre_tokenizer differs"]
+    edit(tokenizers[1], lambda data: data.update(pre_tokenizer=steps(prepend_scheme="never")))
+    assert 'prepend_scheme is "never", expected "always"' in refused(compare_tokenizers, *tokenizers)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+def test_settings_of_a_tokenizer_decide_where_its_file_leaves_them_open(tmp_path: Path, file: str) -> None:
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder, lower in zip(folders, (True, False), strict=True):
+        folder.mkdir()
+        (folder / file).write_text(json.dumps({"model": {"vocab": {"good": 0}}}) if file[0] == "t" else "good")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower, "padding_side": "left"}))
+    if file == "tokenizer.json":
+        assert compare_tokenizers(*folders) == ["tokenizer_config.json: do_lower_case differs"]
+    else:
+        assert "do_lower_case is false, expected true" in refused(compare_tokenizers, *folders)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessorFast"}, {"image_processor_type": "ViTImageProcessor"}, None),
+        ({"size": 16}, {"size": {"height": 16, "width": 16}}, None),
+        ({"size": {"shortest_edge": 16}}, {"size": 16}, None),
+        ({"size": {"shortest_edge": 16}}, {"size": {"height": 16, "width": 16}}, "size is"),
+        ({"size": 16}, {"size": {"height": 16, "width": 18}}, "size is"),
+        ({"image_processor": {"image_processor_type": "A", "do_resize": True}}, {"do_resize": True}, None),
+        ({"image_processor": {"image_processor_type": "A", "do_resize": True}}, {"do_resize": False}, "do_resize is"),
+        ({"image_mean": [0.5, 0.5, 0.5]}, {"image_mean": [0.5, 0.5, 0.4]}, "image_mean is [0.5, 0.5, 0.4], expected"),
+        ({"resample": 2}, {"resample": 3}, "resample is 3, expected 2"),
+    ],
+)
+def test_processors_that_see_other_inputs_are_refused(
+    tmp_path: Path, a: dict[str, Any], b: dict[str, Any], message: str | None
+) -> None:
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder, content in zip(folders, (a, b), strict=True):
+        folder.mkdir()
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    if message is None:
+        assert all(line.startswith("preprocessor_config.json: ") for line in compare_processors(*folders))
+    else:
+        assert message in refused(compare_processors, *folders)

@@ -56,21 +56,22 @@ def merged_model(
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
-    return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start)
+    return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
 
 
 @contextlib.contextmanager
 def _standard_names(soup: Soup) -> Iterator[Path]:
     """Yield a folder that `from_pretrained` reads the first checkpoint from, whatever its weights' file is called."""
     folder, files = config_folder(soup), soup.sources[0].files
-    if len(files) != 1 or files[0].suffix != ".safetensors" or files[0].name == "model.safetensors":
+    standard = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
+    if len(files) != 1 or files[0].name == standard:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="twa_merge-") as links:
         for side in folder.iterdir():
-            if side.is_file() and side.suffix not in (".safetensors", ".bin") and "index" not in side.name:
+            if side.is_file() and side.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in side.name:
                 Path(links, side.name).symlink_to(side.resolve())
-        Path(links, "model.safetensors").symlink_to(files[0].resolve())
+        Path(links, standard).symlink_to(files[0].resolve())
         yield Path(links)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from twa_merge.alignment import Header, SoupTensor, align, same_data, untied
-from twa_merge.configs import compare_configs, compare_processors, compare_tokenizers
+from twa_merge.configs import compare_configs
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
+from twa_merge.preparation import compare_processors, compare_tokenizers
 from twa_merge.sources import Source, find_sources
 from twa_merge.tensorfile import read_head, read_header, read_tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ def baselines(scorer: Scorer, checkpoints: tuple[str, ...], folds: Folds, *, ord
         found.append(_selected("last-k (LAWA)", scorer, checkpoints, folds, choose_last))
         found.append(_selected("EMA", scorer, checkpoints, folds, choose_ema))
     if len(folds) == 1:
-        everything = sorted(folds[0][0] + folds[0][1])
+        everything = sorted({*folds[0][0], *folds[0][1]})
         whole = _selected("greedy (fit + select)", scorer, checkpoints, [(everything, folds[0][1])], greedy_soup)
         found.append(replace(whole, optimistic=True))
     return found
@@ -223,9 +224,12 @@ def warnings(scorer: Scorer, soup: Soup, norms: Any, centre_norm: float) -> list
             f"the checkpoints are as far from their average ({distance:.3g}) as it is from zero ({centre_norm:.3g}): "
             "they may not share a base, and averages of such models are useless"
         )
-    singles = [scorer(mixing.one_hot(k, labels)).loss.value for k in range(len(labels))]
-    uniform = scorer(mixing.uniform(labels)).loss.value
-    if not uniform < max(singles):
+    singles = [scorer(mixing.one_hot(k, labels)).ranking_loss for k in range(len(labels))]
+    for label, loss in zip(labels, singles, strict=True):
+        if loss == math.inf:
+            found.append(f"{label}: its loss on the held-out data is not finite; leave it out")
+    uniform = scorer(mixing.uniform(labels)).ranking_loss
+    if uniform > max(singles):
         found.append(
             f"the uniform average (loss {uniform:.3f}) is worse than every checkpoint (worst {max(singles):.3f}): "
             "they may not share a base"

@@ -41,8 +41,14 @@ class MixingWeights:
         expected = (len(self.groups), len(self.checkpoints))
         if self.table.dtype != torch.float64 or tuple(self.table.shape) != expected:
             raise ValueError(f"table: expected float64 of shape {expected}, got {self.table.dtype} {self.table.shape}")
+        if not self.groups:
+            raise ValueError("groups: expected at least one")
         if len(self.fingerprints) not in (0, len(self.checkpoints)):
             raise ValueError(f"fingerprints: expected {len(self.checkpoints)}, got {len(self.fingerprints)}")
+        names = [name for members in self.groups.values() for name in members]
+        if len(names) != len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"groups: {twice!r} is in two of them")
         sums = self.table.sum(dim=1)
         wrong = ~((sums - 1).abs() <= 1e-6)  # the negation also catches NaN
         if wrong.any():
@@ -57,7 +63,13 @@ class MixingWeights:
         return len(self.checkpoints)
 
     def row(self, name: str) -> Tensor:
-        """Return the (N,) mixing weights of the parameter `name`."""
+        """Return the (N,) mixing weights of the parameter `name`.
+
+        Raises:
+            UserError: no group holds it.
+        """
+        if not self.knows(name):
+            raise UserError(f"mixing weights: no row for the parameter {name!r}; are they of another model?")
         return self.table[0 if len(self.groups) == 1 else self._row_of()[name]]
 
     def knows(self, name: str) -> bool:

@@ -40,6 +40,7 @@ class MergedModel(nn.Module):
         coordinates: `relative` trains shares of each delta (a step of lr moves every tensor by that share of its
             deltas); `normalized` trains the paper's coefficients of unit vectors (eq. 4).
         start: mixing weights to start from; default the uniform soup (all coefficients zero).
+        fingerprints: of the checkpoints (`Soup.fingerprints`), for `mixing_weights()`.
     """
 
     accepts_loss_kwargs = False
@@ -56,12 +57,14 @@ class MergedModel(nn.Module):
         *,
         coordinates: str = "relative",
         start: MixingWeights | None = None,
+        fingerprints: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         if coordinates not in COORDINATES:
             raise UserError(f"coordinates: expected {' or '.join(COORDINATES)}, got {coordinates!r}")
         # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
-        _hide(self, module=module, basis=basis, checkpoints=checkpoints, coordinates=coordinates)
+        _hide(self, module=module, basis=basis, coordinates=coordinates)
+        _hide(self, checkpoints=checkpoints, fingerprints=fingerprints)
         _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None)
         position = (basis.trainable_G.cumsum(0) - 1).masked_fill(~basis.trainable_G, -1)
         _hide(self, _position=position.tolist())
@@ -94,7 +97,7 @@ class MergedModel(nn.Module):
 
     def mixing_weights(self) -> MixingWeights:
         """Return the current coefficients as a table, `w_k = a_k + (1 - sum(a)) / N`."""
-        return MixingWeights(self.table_GN(), self.basis.groups, self.checkpoints)
+        return MixingWeights(self.table_GN(), self.basis.groups, self.checkpoints, fingerprints=self.fingerprints)
 
     @torch.no_grad()
     def table_GN(self) -> Tensor:

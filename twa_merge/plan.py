@@ -61,6 +61,8 @@ def _require_same_checkpoints(soup: Soup, weights: MixingWeights) -> None:
             f"the mixing weights are for {weights.num_checkpoints} checkpoints ({', '.join(weights.checkpoints)}), "
             f"got {len(soup)}"
         )
+    if not weights.fingerprints:
+        _require_same_names(soup, weights)
     for k, expected in enumerate(weights.fingerprints):
         if soup.fingerprints[k] == expected:
             continue
@@ -68,6 +70,22 @@ def _require_same_checkpoints(soup: Soup, weights: MixingWeights) -> None:
         if expected in soup.fingerprints:
             hint = f"it is {soup.labels[soup.fingerprints.index(expected)]}: the order differs"
         raise UserError(f"{soup.labels[k]}: is not checkpoint {k + 1} of the table ({weights.checkpoints[k]}); {hint}")
+
+
+def _require_same_names(soup: Soup, weights: MixingWeights) -> None:
+    """Check what can be checked of a table that does not know its checkpoints' contents."""
+    if weights.checkpoints != soup.labels and sorted(weights.checkpoints) == sorted(soup.labels):
+        raise UserError(
+            f"the mixing weights are for {', '.join(weights.checkpoints)}, got {', '.join(soup.labels)}: give the "
+            "checkpoints in the table's order"
+        )
+    named = {name for names in weights.groups.values() for name in names} | set(weights.statistics)
+    if not named:
+        return
+    here = {name for tensor in soup.tensors for name in soup.parameters_of(tensor.name)}
+    strange = next((name for name in sorted(named) if soup.canonical(name) not in here), None)
+    if strange is not None:
+        raise UserError(f"the mixing weights name {strange!r}, which {soup.labels[0]} does not hold; of another model?")
 
 
 def _row_of_twin(soup: Soup, tensor: SoupTensor, weights: MixingWeights) -> list[Tensor]:
@@ -97,7 +115,11 @@ def _plan_tensor(
     rows = [weights.row(name) for name in names if weights.knows(name)]
     if not rows and value is None:
         rows = _row_of_twin(soup, tensor, weights)
-    if not rows:  # a buffer
+    if not rows:  # a buffer, or a tensor that the model does not use
+        if soup.name_map is not None and any(name in soup.name_map.parameters for name in names):
+            raise UserError(
+                f"the mixing weights have no row for the parameter {names[0]!r}; are they of another model?"
+            )
         rows = [weights.table.mean(dim=0)]
     if any(not torch.equal(row, rows[0]) for row in rows[1:]):
         raise UserError(
