@@ -259,6 +259,18 @@ BROKEN_RUNS = {
         "has the splits train, test; name one",
     ),
     "last without its method": (["average", *members(), "--last", "2", "--output", "out"], "only with --method last"),
+    "split without data": (["average", *members(), "--split", "dev", "--output", "out"], "--split: has a meaning only"),
+    "metric without data": (
+        ["average", *members(), "--metric", "f1", "--output", "out"],
+        "--metric: has a meaning only",
+    ),
+    "seed": ([*train_args(), "--seed", "-1"], "learn.seed: expected a number from 0"),
+    "large seed": ([*train_args(), "--seed", str(2**70)], "learn.seed: expected a number from 0"),
+    "margin": ([*train_args(), "--margin", "nan"], "margin: expected a number of standard errors, got nan"),
+    "length": ([*train_args(), "--max-length", "0"], "data.max_length: expected at least 1, got 0"),
+    "prefix": ([*train_args(), "--source-prefix", "x: "], "source_prefix: has a meaning only for seq2seq"),
+    "weights too large": (["average", *members(), "--weights", "1e308,1e308,1e308", "--output", "out"], "too large"),
+    "below a file": ([*train_args("data/test.csv/out")], "is no folder that can be written to"),
     "data without its method": (["average", *members(), "--data", "data", "--output", "out"], "greedy or best"),
     "shard size of a fixed merge": (
         ["average", *members(), "--max-shard-gb", "0", "--output", "out"],
@@ -315,6 +327,51 @@ def test_overwrite_replaces_an_earlier_merge_only_when_complete(work):
     assert Path("out/model.safetensors").read_bytes() == first
     assert main(["average", *members()[:2], "--output", "out", "--overwrite"]) == 0
     assert Path("out/model.safetensors").read_bytes() != first
+
+
+def test_an_output_behind_a_symbolic_link_is_refused(work, capsys):
+    assert main(["average", *members(), "--output", "old"]) == 0
+    for target in ("old", "nowhere"):
+        Path("link").symlink_to(target)
+        for more in ([], ["--overwrite"]):
+            assert main(["average", *members(), "--output", "link", *more]) == 2
+            assert "link: is a symbolic link" in capsys.readouterr().err
+        Path("link").unlink()
+    assert not list(work.glob(".*"))
+
+
+def test_folders_made_on_the_way_go_away_with_a_failed_run(work, capsys, monkeypatch):
+    assert main([*train_args("q/w/out"), "--lr", "1e30"]) == 2
+    assert main(["average", *members(), "--output", "q/w/out", "--weights", "1,1,1", "--dtype", "int3"]) == 2
+    assert not Path("q").exists()
+    monkeypatch.setenv("HOME", str(work))
+    assert main([*train_args("~/home/out")]) == 0
+    assert (work / "home/out/model.safetensors").is_file() and not Path("~").exists()
+
+
+def test_overrides_may_follow_flags(work, capsys):
+    assert main(train_args()) == 0
+    assert main(["run", "out/recipe.yaml", "--json", "output.path=again"]) == 0
+    assert Path("again/model.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        main(["run", "out/recipe.yaml", "--jason", "output.path=more"])
+    assert "unrecognized arguments: --jason" in capsys.readouterr().err
+
+
+def test_the_config_names_the_dtype_that_is_written(work):
+    state = load_file("soup/member-0/model.safetensors")
+    save_file({k: v.bfloat16() for k, v in state.items()}, "soup/member-0/model.safetensors", {"format": "pt"})
+    config = json.loads(Path("soup/member-0/config.json").read_text())
+    Path("soup/member-0/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for weights, dtype in (("0,1,1", "float32"), ("1,1,0", "bfloat16")):
+        assert main(["average", *members(), "--weights", weights, "--output", dtype]) == 0
+        assert json.loads(Path(dtype, "config.json").read_text())["dtype"] == dtype
+        assert {str(v.dtype) for v in load_file(f"{dtype}/model.safetensors").values()} == {f"torch.{dtype}"}
+
+
+def test_a_model_card_names_the_pipeline(work):
+    assert main(train_args()) == 0
+    assert "pipeline_tag: text-classification" in Path("out/README.md").read_text()
 
 
 def test_help_loads_no_torch_and_is_quick():

@@ -67,6 +67,11 @@ def test_files(tmp_path, suffix):
         assert found.to_dict() == (expected if split != "train[:3]" else expected.select(range(3))).to_dict()
 
 
+def test_texts_that_look_like_missing_values(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\nNone,1\nNA,0\nnull,1\n,0\n")
+    assert open_split(tmp_path / "x.csv")["text"][:] == ["None", "NA", "null", None]
+
+
 def test_text_file(tmp_path):
     (tmp_path / "corpus.txt").write_text("one line\nanother\n")
     assert open_split(tmp_path / "corpus.txt")["text"][:] == ["one line", "another"]

@@ -216,3 +216,41 @@ def test_numbers_beyond_float16_are_named_and_nothing_is_written(tmp_path):
         with pytest.raises(UserError, match=r"'classifier.bias': the merge holds numbers beyond 65504"):
             write(soup, weights, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_another_model_is_refused(tmp_path):
+    """Also where it does not know its checkpoints' fingerprints."""
+    soups = {kind: Soup(factory.make_soup(kind, tmp_path / kind)) for kind in ("bert", "t5")}
+
+    def by_layer(soup, change=lambda groups: groups, labels=None):
+        names = [name for name in soup.name_map.parameters if soup.tensor_of(name) is not None]
+        groups = change(group_parameters(names, "layer"))
+        table = torch.tensor(WEIGHTS, dtype=torch.float64).repeat(len(groups), 1)
+        return MixingWeights(table, groups, labels or soup.labels)
+
+    bert, t5 = soups["bert"], soups["t5"]
+    write(bert, by_layer(bert), tmp_path / "right")
+    with pytest.raises(UserError, match="the mixing weights name 'bert"):
+        write(t5, by_layer(bert, labels=t5.labels), tmp_path / "out")
+    without = by_layer(bert, lambda groups: {g: n for g, n in groups.items() if g != "bert.embeddings"})
+    with pytest.raises(UserError, match="no row for the parameter 'bert"):
+        write(bert, without, tmp_path / "out")
+    strange = MixingWeights(
+        mixing.given(WEIGHTS, bert.labels).table, {"model": ()}, bert.labels, {"nope": torch.ones(1)}
+    )
+    with pytest.raises(UserError, match="the mixing weights name 'nope'"):
+        write(bert, strange, tmp_path / "out")
+    turned = mixing.given(WEIGHTS, bert.labels[::-1])
+    with pytest.raises(UserError, match="in the table's order"):
+        write(bert, turned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_training_gives_a_table_that_knows_its_checkpoints(tmp_path):
+    import twa_merge as twa
+
+    folders = factory.make_soup("bert", tmp_path)
+    weights = twa.merged_model(Soup(folders)).mixing_weights()
+    assert weights.fingerprints == Soup(folders).fingerprints
+    with pytest.raises(UserError, match="the order differs"):
+        write(Soup(folders[::-1]), weights, tmp_path / "out")

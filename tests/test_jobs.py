@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import twa_merge as twa
 from tests import factory, tiny_tasks
 from twa_merge.cli import main
 
@@ -182,6 +183,22 @@ class Trap:
 
     def __reduce__(self):
         return (Path.write_text, (self.path, "executed"))
+
+
+def test_a_run_from_python_leaves_a_recipe_only_if_that_runs_it_again(tmp_path):
+    members = factory.make_soup("bert", tmp_path / "soup")
+    for member in members:
+        factory.make_tokenizer(member)
+    for name, seed in (("validation", 0), ("train", 1), ("test", 2)):
+        rows = "\n".join(json.dumps(row) for row in factory.text_rows(40, seed=seed))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    held_out, soup = str(tmp_path / "validation.jsonl"), twa.Soup(members)
+    settings = {"steps": 2, "granularity": "model"}
+    twa.train(soup, held_out, output=tmp_path / "a", **settings)
+    assert (tmp_path / "a/recipe.yaml").is_file()
+    more = {"train_data": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.jsonl")}
+    twa.train(soup, held_out, output=tmp_path / "b", **more, **settings)
+    assert not (tmp_path / "b/recipe.yaml").exists()
 
 
 def test_pickles_are_read_only_when_asked_for_and_never_run(tmp_path, capsys):

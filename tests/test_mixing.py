@@ -103,6 +103,8 @@ def test_load_refuses_what_is_no_table(tmp_path):
         {"format": "another"},
         {"groups": None},
         {"groups": {"model": [], "more": []}},
+        {"groups": {}},
+        {"groups": {"model": ["x"], "more": ["x"]}},
         {"checkpoints": 2},
         {"checkpoints": ["a"]},
         {"fingerprints": ["x"]},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -386,8 +386,48 @@ def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_p
         assert run(checkpoints, *more, "--resume") == 2
         assert "other settings, checkpoints or data" in capsys.readouterr().err
         assert {p.name: p.read_bytes() for p in state.iterdir()} == before
-    assert run(members(soup_folder), "--resume") == 0
+    assert run(members(soup_folder), "--resume", "--metric", "f1") == 0  # does not change what is learned
     assert not state.exists()
+
+
+def test_resume_notices_other_labels_and_another_loss(tmp_path):
+    """A data set and a loss of Python have no name to compare."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    for k in range(3):
+        save_file(torch.nn.Linear(6, 3).state_dict(), tmp_path / f"{k}.safetensors")
+    soup = twa.Soup([tmp_path / f"{k}.safetensors" for k in range(3)])
+
+    def run(y, loss=F.cross_entropy, **more):
+        settings = {"steps": 10, "batch_size": 8, "recipe": Recipe(device="cpu"), "output": tmp_path / "out"}
+        return twa.train(soup, TensorDataset(x, y), module=torch.nn.Linear(6, 3), loss=loss, **settings, **more)
+
+    whole = run(y)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    original = twa_training._Run.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(self, file):
+            original(self, file)
+            if self.step == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(twa_training._Run, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(y)
+    state = next((tmp_path / ".out.twa-state").iterdir())
+    before = state.read_bytes()
+    flipped = y.clone()
+    flipped[7] = (flipped[7] + 1) % 3
+    with pytest.raises(UserError, match="other settings, checkpoints or data"):
+        run(flipped, resume=True)
+    with pytest.raises(UserError, match=r"had a select loss of .* other data or another loss"):
+        run(y, loss=torch.nn.CrossEntropyLoss(label_smoothing=0.4), resume=True)
+    state.write_bytes(before[:50])
+    with pytest.raises(UserError, match=r"not a readable state.*start without --resume"):
+        run(y, resume=True)
+    state.write_bytes(before)
+    assert torch.equal(run(y, resume=True).weights.table, whole.weights.table)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

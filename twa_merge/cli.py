@@ -15,7 +15,12 @@ from twa_merge.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 for the user's mistakes, 1 for failures."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, left = parser.parse_known_args(arguments)
+    if left and hasattr(args, "overrides") and not any(word.startswith("-") for word in left):
+        args.overrides, left = [*args.overrides, *left], []  # argparse takes none that follow a flag
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed
     try:
         args.handler(args)

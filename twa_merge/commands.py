@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from twa_merge.recipe import Recipe
 
 
+_DATA_FLAGS = (
+    "data", "split", "column", "metric", "max_length", "problem_type", "source_prefix", "eval_batch_size", "task",
+    "device",
+)  # fmt: skip
+"""Flags of `average` that only choosing by held-out data has a use for."""
+
+
 def train(args: argparse.Namespace) -> None:
     """Learn a merge from flags."""
     _run_and_print(_recipe(args), args)
@@ -77,9 +84,10 @@ def _fixed_weights(args: argparse.Namespace, soup: Soup) -> MixingWeights:
     from twa_merge import mixing
     from twa_merge.sources import require_order
 
-    for flag, methods in (("last", ["last"]), ("decay", ["ema"]), ("data", ["greedy", "best"])):
-        if getattr(args, flag) is not None and args.method not in methods:
-            raise UserError(f"--{flag}: has a meaning only with --method {' or '.join(methods)}")
+    needed = {"last": ["last"], "decay": ["ema"], **{flag: ["greedy", "best"] for flag in _DATA_FLAGS}}
+    for flag, methods in needed.items():
+        if getattr(args, flag) not in (None, []) and args.method not in methods:
+            raise UserError(f"--{flag.replace('_', '-')}: has a meaning only with --method {' or '.join(methods)}")
     if args.weights is not None:
         if args.method is not None:
             raise UserError("--weights and --method exclude each other")

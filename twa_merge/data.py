@@ -104,6 +104,8 @@ def _load(path: Path, reader: str, files: list[str], **options: Any) -> Any:
 
     if reader == "csv" and any(_data_suffix(Path(file)) == ".tsv" for file in files):
         options["sep"] = "\t"
+    if reader == "csv":  # texts such as "None" and "NA" are no missing values
+        options |= {"keep_default_na": False, "na_values": [""]}
     if all(Path(file).stat().st_size == 0 for file in files):
         raise UserError(f"data {path}: the file is empty; expected at least one row")
     try:

@@ -16,6 +16,7 @@ from twa_merge.league import Candidate, Folds, Scorer
 from twa_merge.learn_config import LearnConfig
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
+from twa_merge.publish import make_folder, remove_empty
 from twa_merge.tasks import Task
 from twa_merge.training import Learned, best_evaluation, learn
 
@@ -25,15 +26,22 @@ class StateFolder:
 
     def __init__(self, output: Path | None) -> None:
         self.path = None if output is None else output.parent / f".{output.name}.twa-state"
+        self._made: list[Path] = []
 
     def file(self, fold: int) -> Path | None:
         """Return the file of a fold; None for a run without output."""
         return None if self.path is None else self.path / f"fold-{fold}.safetensors"
 
+    def make(self) -> None:
+        """Make the folder."""
+        if self.path is not None:
+            self._made = make_folder(self.path) or self._made
+
     def drop(self) -> None:
-        """Remove the state."""
+        """Remove the state, and the folders that were made for it if nothing else is there."""
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            remove_empty(self._made[1:])
 
 
 class FoldLearner:
@@ -136,10 +144,9 @@ class FoldLearner:
         return chooser(labels, lambda weights: self.scorer(weights).subset(fit).ranking_loss)
 
     def _state_file(self, fold: int) -> Path | None:
-        file = self.state.file(fold)
-        if file is not None and self.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        return file
+        if self.accelerator.is_main_process:
+            self.state.make()
+        return self.state.file(fold)
 
     def _passes_of_learning(self, learned: list[Learned]) -> float:
         """Return passes over the held-out data: every sample trained on or scored along the way."""

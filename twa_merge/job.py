@@ -18,7 +18,7 @@ from twa_merge.assembly import config_folder, load_architecture, make_accelerato
 from twa_merge.checkpoints import Soup, require_several
 from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
-from twa_merge.job_data import open_job_data
+from twa_merge.job_data import content_digest, open_job_data
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import output_dtype
@@ -49,6 +49,8 @@ class Result:
     peak_memory_mb: dict[str, float]
     """Of this process, from its beginning to the end of each stage."""
     output: Path | None
+    task: str
+    """Its name."""
 
 
 class Job:
@@ -68,7 +70,9 @@ class Job:
     ) -> None:
         self.recipe, self.soup, self.splits, self.task, self.module = recipe, soup, splits, task, module
         self.resume, self.overwrite, self.progress = resume, overwrite, progress
-        self.output = Path(recipe.output.path) if recipe.output.path is not None else None
+        passed = [source for source in splits.values() if source is not None and source != recipe.data.path]
+        self.runs_again = task is None and module is None and not passed
+        self.output = Path(recipe.output.path).expanduser() if recipe.output.path is not None else None
         self.state = StateFolder(self.output)
         self.seconds: dict[str, float] = {}
         self.peak_memory_mb: dict[str, float] = {}
@@ -78,6 +82,7 @@ class Job:
         self.check_settings()
         self.accelerator = make_accelerator(self.recipe)
         self.stage("data", self.open_data)
+        assert self.task is not None
         self.stage("basis", self.build_model)
         candidates = self.stage("baselines", self.score_baselines)
         if not self.resume and self.accelerator.is_main_process:
@@ -107,6 +112,7 @@ class Job:
             seconds=self.seconds,
             peak_memory_mb=self.peak_memory_mb,
             output=self.output,
+            task=self.task.name,
         )
         if self.output is not None:
             self.stage("writing", lambda: self.write(result))
@@ -205,19 +211,10 @@ class Job:
         )
 
     def identity(self) -> str:
-        """Return what a state must have been learned on to be resumed: recipe, checkpoints and data."""
+        """Return what a state must have been learned on to be resumed: checkpoints, task and data."""
         assert self.task is not None
-        recipe, data = self.recipe, self.data.learned_on
-        ends = self.task.collate([data[0], data[len(data) // 2], data[len(data) - 1]])
-        about = (
-            recipe.data,
-            recipe.task,
-            recipe.dtype,
-            self.soup.fingerprints,
-            len(self.data.held_out),
-            len(data),
-            ends,
-        )
+        learned_on = content_digest(self.data.learned_on, self.task)
+        about = (self.task.name, self.recipe.dtype, self.soup.fingerprints, self.data.folds, learned_on)
         return hashlib.blake2b(repr(about).encode(), digest_size=16).hexdigest()
 
     def score_test(self, candidates: list[Candidate]) -> None:
@@ -236,7 +233,7 @@ class Job:
                 dtype=output_dtype(self.recipe.output.dtype),
                 max_shard_bytes=shard_bytes(self.recipe.output.max_shard_gb),
                 overwrite=self.overwrite,
-                finish=lambda folder: write_report(folder, result, self.recipe, self.soup),
+                finish=lambda folder: write_report(folder, result, self.recipe if self.runs_again else None, self.soup),
                 progress=self.progress,
             )
             self.state.drop()

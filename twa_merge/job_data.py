@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from twa_merge.data import open_split
 from twa_merge.errors import UserError
@@ -66,6 +70,36 @@ def open_job_data(
     if "train" in rows and same_split(rows["held-out"], rows["train"]):
         warning = "the held-out rows are a part of the training split: scores are optimistic if checkpoints saw them"
     return JobData(found["held-out"], folds, found.get("test"), found.get("train"), warning)
+
+
+def content_digest(data: Any, task: Task) -> str:
+    """Return a hash of up to 256 samples spread over a data set; of their number alone if samples are drawn anew."""
+    places = sorted({i * (len(data) - 1) // 255 for i in range(256)})
+
+    def digest(chosen: list[int]) -> str:
+        found = hashlib.blake2b(str(len(data)).encode(), digest_size=16)
+        for place in chosen:
+            _update(found, task.collate([data[place]]))
+        return found.hexdigest()
+
+    few = places[:8]
+    return digest(places) if digest(few) == digest(few) else digest([])
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(str(key).encode())
+            _update(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _update(digest, item)
+    else:
+        digest.update(repr(value).encode())
 
 
 def _rows(recipe: Recipe, given: Any, split: str | None, holds_features: bool) -> Rows:

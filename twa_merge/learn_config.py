@@ -66,6 +66,8 @@ class LearnConfig:
         for name in ("weight_decay", "regularization"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"learn.{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"learn.seed: expected a number from 0 to {(1 << 32) - 1}, got {self.seed}")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"learn.warmup: expected a share of the steps, 0 to 1, got {self.warmup}")
 

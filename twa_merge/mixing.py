@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ def given(weights: Sequence[float], checkpoints: Sequence[str]) -> MixingWeights
     if not torch.isfinite(row).all():
         raise UserError(f"weights: expected finite numbers, got {', '.join(f'{w:g}' for w in weights)}")
     total = float(row.sum())
+    if not math.isfinite(total):
+        raise UserError(f"weights: {', '.join(f'{w:g}' for w in weights)} are too large to be summed")
     if abs(total) < 1e-12 * float(row.abs().sum()) or total == 0:
         raise UserError(f"weights: {', '.join(f'{w:g}' for w in weights)} sum to zero and cannot be scaled to one")
     return one_row(row / total, checkpoints)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,13 @@ _NOT_COPIED = {
 
 def check_output(output: Path, soup: Soup | None, *, overwrite: bool) -> None:
     """Raise unless `output` may be written: new, or `overwrite` and neither an input nor something we did not write."""
+    if output.is_symlink():
+        raise UserError(f"{output}: is a symbolic link; name the folder that is to be written")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"{output}: cannot be made, {parent} is no folder that can be written to; choose another output"
+        )
     resolved = output.resolve()
     for source in soup.sources if soup is not None else ():
         places = {source.folder, *source.files, *(file.parent for file in source.files)}
@@ -52,7 +60,7 @@ def _inside(path: Path, folder: Path) -> bool:
 def publish(output: Path, soup: Soup | None = None, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `output` that becomes `output` by a rename if the block succeeds, and goes away if not."""
     check_output(output, soup, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made = make_folder(output.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
     try:
         unfinished.chmod(0o755)
@@ -67,6 +75,21 @@ def publish(output: Path, soup: Soup | None = None, *, overwrite: bool = False) 
             unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        remove_empty(made)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder, and return those that were not there, the innermost first."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, in order, as long as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:

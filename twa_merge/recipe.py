@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
             raise UserError(f"eval_batch_size: expected at least 1, got {self.eval_batch_size}")
+        if not math.isfinite(self.margin):
+            raise UserError(f"margin: expected a number of standard errors, got {self.margin}")
+        if self.data.max_length is not None and self.data.max_length < 1:
+            raise UserError(f"data.max_length: expected at least 1, got {self.data.max_length}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -118,8 +118,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> None:
-    """Write report.json, report.md, the pictures, recipe.yaml and the model card into `folder`."""
+def write_report(folder: Path, result: Result, recipe: Recipe | None, soup: Soup) -> None:
+    """Write report.json, report.md, the pictures, the model card and, if there is a recipe, recipe.yaml."""
     about = summary(result) | {
         "checkpoints": [
             {"label": s.label, "revision": s.revision, "fingerprint": soup.fingerprints[k]}
@@ -129,14 +129,15 @@ def write_report(folder: Path, result: Result, recipe: Recipe, soup: Soup) -> No
         "versions": versions(),
     }
     (folder / "report.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    if recipe is not None:
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     plot_league(result.league, result.verdict.winner, folder / "league.png")
     learned = next((c for c in result.league if c.learned), result.verdict.winner)
     plot_mixing_weights(learned.weights, folder / "mixing_weights.png")
     selects = [len(part) for _, part in result.folds]
     plot_curve([run.curve for run in result.learned], selects, result.best_step, folder / "curve.png")
     (folder / "report.md").write_text(report_text(result, soup), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(result, soup, recipe), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(result, soup), encoding="utf-8")
 
 
 def report_text(result: Result, soup: Soup) -> str:
@@ -181,7 +182,7 @@ def legend(result: Result) -> str:
     )
 
 
-def model_card(result: Result, soup: Soup, recipe: Recipe) -> str:
+def model_card(result: Result, soup: Soup) -> str:
     """Return the merged model's README.md, with the front matter that the Hub reads; no local paths."""
     from huggingface_hub import ModelCardData
 
@@ -190,7 +191,7 @@ def model_card(result: Result, soup: Soup, recipe: Recipe) -> str:
         base_model=parents or None,
         base_model_relation="merge" if parents else None,
         library_name="transformers" if soup.folder is not None else None,
-        pipeline_tag=_PIPELINES.get(recipe.task or ""),
+        pipeline_tag=_PIPELINES.get(result.task),
         tags=["merge", "model-soup", "twa-merge"],
     )
     names = [

@@ -49,7 +49,8 @@ def train(
         loss: `loss(outputs, targets)` for batches `(inputs, targets)`.
         test: scored once, at the end.
         train_data: learn on this instead (TWA-t); `data` then only selects.
-        output: folder of the merged model; None writes nothing.
+        output: folder of the merged model; None writes nothing. `recipe.yaml` is among what is left there if `data` is
+            the only path, and no task, module or data set was passed: nothing else can be run again from a file.
         recipe: everything else; `learn_options` override its `learn` part.
         resume: go on with an interrupted run to the same output.
         overwrite: replace an earlier merge at `output`.

@@ -120,6 +120,10 @@ def build_task(
     _check_name(name)
     columns = dict(columns or {})
     check_column_roles(columns, _ROLES[name], what=name)
+    if source_prefix and name != "seq2seq":
+        raise UserError(f"source_prefix: has a meaning only for seq2seq, not for {name}")
+    if problem_type is not None and name in ("causal-lm", "seq2seq"):
+        raise UserError(f"problem_type: has a meaning only for a classification, not for {name}")
     config = _load("AutoConfig", checkpoint)
     if name in ("text-classification", "image-classification"):
         labels = LabelSpace.of(config, problem_type)
@@ -134,7 +138,11 @@ def build_task(
         return text_classification(tokenizer, labels, max_length=length, columns=columns, metrics=chosen)
     chosen = _choose_metrics(name, metrics, None)
     tokenizer = load_tokenizer(checkpoint, config, needs_padding=name == "seq2seq")
-    length = max_length or min(_DEFAULT_TOKENS, _max_tokens(tokenizer, config, None) or _DEFAULT_TOKENS)
+    length = (
+        max_length
+        if max_length is not None
+        else min(_DEFAULT_TOKENS, _max_tokens(tokenizer, config, None) or _DEFAULT_TOKENS)
+    )
     _max_tokens(tokenizer, config, length)
     if name == "causal-lm":
         return causal_lm(tokenizer, block_size=length, columns=columns, metrics=chosen)

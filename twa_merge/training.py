@@ -84,7 +84,9 @@ def learn(
     total = config.total_steps(len(fit))
     run = _Run(model, config, total, accelerator, state_of)
     run.resume(state_file)
-    if not run.curve:
+    if run.curve:
+        run.require_same_score(score, state_file)
+    else:
         run.evaluate(score, 0, math.nan)
         run.save(state_file)
     every = max(1, math.ceil(total / config.evaluations))
@@ -160,6 +162,18 @@ class _Run:
         self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
         self.tables.append(self.model.table_GN())
 
+    def require_same_score(self, score: Callable[[], Evaluation], file: Path | None) -> None:
+        """Raise if resumed coefficients score otherwise than when they were saved.
+
+        No other check sees all of the select part and the loss.
+        """
+        saved, now = self.curve[-1]["select_loss"], score().ranking_loss
+        if not math.isclose(saved, now, rel_tol=1e-3):
+            raise UserError(
+                f"{file}: its coefficients had a select loss of {saved:.4f}, and have {now:.4f} here: other data or "
+                "another loss; give the same ones, or start without --resume"
+            )
+
     def _require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
             return
@@ -191,11 +205,14 @@ class _Run:
         """Go on from a saved state, if there is one."""
         if file is None or not file.is_file():
             return
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads(opened.metadata()["run"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = json.loads(opened.metadata()["run"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a readable state ({error}); start without --resume") from error
         if any(about.get(key) != value for key, value in self.identity.items()):
             raise UserError(
                 f"{file}: belongs to a run with other settings, checkpoints or data; give the same ones, or start "

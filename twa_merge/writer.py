@@ -56,14 +56,24 @@ def write(
         OSError: the disk failed; nothing is left behind.
     """
     planned = plan(soup, weights, dtype)
-    with publish(Path(output), soup, overwrite=overwrite) as folder:
+    output = Path(output).expanduser()
+    with publish(output, soup, overwrite=overwrite) as folder:
         _write_model(planned, soup.labels, folder, max_shard_bytes, progress=progress)
         if soup.folder is not None:
-            copy_side_files(soup.folder, folder, dtype)
+            copy_side_files(soup.folder, folder, dtype or _changed_dtype(planned))
         replace(weights, fingerprints=soup.fingerprints).save(folder)
         if finish is not None:
             finish(folder)
-    return Path(output)
+    return output
+
+
+def _changed_dtype(planned: list[PlannedTensor]) -> torch.dtype | None:
+    """Return the dtype of the merge where it is not that of the first checkpoint, whose config names its own."""
+    floats = [item for item in planned if item.source.is_float]
+    written = {item.dtype for item in floats}
+    if len(written) != 1 or written == {item.source.entries[0].dtype for item in floats}:
+        return None
+    return written.pop()
 
 
 def shard_bytes(gigabytes: float) -> int:
