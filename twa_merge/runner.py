@@ -52,7 +52,8 @@ def train(
         output: folder of the merged model; None writes nothing. `recipe.yaml` is among what is left there if `data` is
             the only path, and no task, module or data set was passed: nothing else can be run again from a file.
         recipe: everything else; `learn_options` override its `learn` part.
-        resume: go on with an interrupted run to the same output.
+        resume: go on with an interrupted run to the same output; it ends with the table of a whole run, unless the data
+            are drawn anew each time they are read.
         overwrite: replace an earlier merge at `output`.
 
     Raises:
