@@ -1,5 +1,6 @@
 """The loop: independent of accumulation and processes, resumable, the same in Trainer; BatchNorm; kills."""
 
+import contextlib
 import json
 import os
 import signal
@@ -356,15 +357,8 @@ def train_command(folder, output, *more):
     return [*COMMAND, *members(folder), *data, *learn, *more]
 
 
-def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_path, capsys):
-    from twa_merge.cli import main
-
-    def run(checkpoints, *more):
-        data = ["--data", str(soup_folder / "data"), "--output", str(tmp_path / "out"), "--device", "cpu"]
-        learn = ["--steps", "10", "--batch-size", "8", "--granularity", "layer"]
-        return main(["train", *checkpoints, *data, *learn, *more])
-
-    state = tmp_path / ".out.twa-state"
+@contextlib.contextmanager
+def interruption_after_a_save():
     original = twa_training._Run.save
     with pytest.MonkeyPatch.context() as patch:
 
@@ -374,6 +368,19 @@ def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_p
                 raise KeyboardInterrupt
 
         patch.setattr(twa_training._Run, "save", interrupted)
+        yield
+
+
+def test_resume_refuses_the_state_of_another_run_and_keeps_it(soup_folder, tmp_path, capsys):
+    from twa_merge.cli import main
+
+    def run(checkpoints, *more):
+        data = ["--data", str(soup_folder / "data"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        learn = ["--steps", "10", "--batch-size", "8", "--granularity", "layer"]
+        return main(["train", *checkpoints, *data, *learn, *more])
+
+    state = tmp_path / ".out.twa-state"
+    with interruption_after_a_save():
         assert run(members(soup_folder)) == 130
     before = {p.name: p.read_bytes() for p in state.iterdir()}
     first, second, third = members(soup_folder)
@@ -404,17 +411,8 @@ def test_resume_notices_other_labels_and_another_loss(tmp_path):
 
     whole = run(y)
     (tmp_path / "out").rename(tmp_path / "whole")
-    original = twa_training._Run.save
-    with pytest.MonkeyPatch.context() as patch:
-
-        def interrupted(self, file):
-            original(self, file)
-            if self.step == 3:
-                raise KeyboardInterrupt
-
-        patch.setattr(twa_training._Run, "save", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(y)
+    with interruption_after_a_save(), pytest.raises(KeyboardInterrupt):
+        run(y)
     state = next((tmp_path / ".out.twa-state").iterdir())
     before = state.read_bytes()
     flipped = y.clone()
