@@ -22,6 +22,7 @@ from twa_merge.groups import group_parameters
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.recipe import Recipe
+from twa_merge.storage import choose_storage, free_memory
 from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def merged_model(
     coordinates: str = "relative",
     start: MixingWeights | None = None,
     dtype: str = "float32",
+    storage: str = "auto",
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> MergedModel:
     """Return a `MergedModel` of a soup: an ordinary module in which only the coefficients train.
@@ -49,14 +52,24 @@ def merged_model(
         coordinates: `relative` or `normalized`.
         start: mixing weights to start from, default uniform.
         dtype: of the module, when it is loaded here.
+        storage: of the deltas while learning: `float32`, `bfloat16`, `int8`, `int4`, or `auto`, the most exact of
+            them that takes at most half of the free memory.
+        device: where the basis will be, for `auto`; move the model there.
     """
     if module is None:
         with _standard_names(soup) as folder:
             module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
+    if storage == "auto":
+        storage, _ = storage_for(soup, free_memory(torch.device(device)))
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
-    basis = build_basis(soup, module, groups, progress=progress)
+    basis = build_basis(soup, module, groups, storage=storage, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
+
+
+def storage_for(soup: Soup, free: int) -> tuple[str, str]:
+    """Return the storage that `auto` means for a soup with so many bytes free, and a line that says why."""
+    return choose_storage(len(soup), sum(t.entries[0].numel for t in soup.tensors if t.is_float), free)
 
 
 @contextlib.contextmanager

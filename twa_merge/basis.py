@@ -17,29 +17,31 @@ from torch import Tensor, nn
 
 from twa_merge.errors import UserError
 from twa_merge.groups import Groups
+from twa_merge.storage import TILE, Block, block_maker
+from twa_merge.tensorfile import RangeReader
 
 if TYPE_CHECKING:
     from twa_merge.checkpoints import Soup
 
-_TILE = 1 << 18
+_AT_ONCE = 1 << 22
+"""Elements of all checkpoints together that are in memory as floats while a basis is built."""
 _NOISE = 1e-6
 """A delta below this share of the centre is float32 rounding, not a direction."""
 
 
 @dataclass
 class Basis:
-    """Centre and deltas of every float parameter, in float32.
+    """Centre and deltas of every float parameter."""
 
-    A parameter's `N + 1` rows lie in one block, deltas first and the centre last, so that `combine` is one
-    matrix-vector product, read once.
-    """
-
-    blocks: dict[str, Tensor]
-    """Parameter name -> (N + 1, D_t) float32."""
+    blocks: dict[str, Block]
+    """Parameter name -> its centre and deltas."""
     groups: Groups
     """All groups, in the order of the mixing weights' rows."""
     norms: Tensor
     """(G, N) float64: `||d_k||` of each group; 0 where a checkpoint does not differ from the centre."""
+    centre_norm: float
+    """`||m||` of all parameters."""
+    storage: str = "float32"
 
     def __post_init__(self) -> None:
         self._row_of = {name: row for row, names in enumerate(self.groups.values()) for name in names}
@@ -65,22 +67,16 @@ class Basis:
 
         Shares that are mixing weights (sum one) give `sum_k w_k theta_k`, for the deltas sum to zero.
         """
-        block = self.blocks[name]
-        row = torch.ones(len(block), dtype=block.dtype, device=block.device)
-        row[:-1] = shares_N
-        if out.dtype == block.dtype and out.is_contiguous():
-            torch.matmul(row.unsqueeze(0), block, out=out.view(1, -1))
-        else:
-            out.copy_(torch.matmul(row, block).view(out.shape))
+        self.blocks[name].combine(shares_N, out)
 
     def project(self, name: str, grad: Tensor) -> Tensor:
         """Return the (N,) gradient of the shares, `<grad, d_k>`, from the parameter's own gradient (eq. 6)."""
-        block = self.blocks[name]
-        return torch.mv(block, grad.reshape(-1).to(block.dtype))[:-1]
+        return self.blocks[name].project(grad)
 
     def to(self, device: torch.device | str) -> None:
         """Move the blocks to a device."""
-        self.blocks = {name: block.to(device) for name, block in self.blocks.items()}
+        for block in self.blocks.values():
+            block.to(device)
 
     def shares_to_weights(self, shares_GN: Tensor) -> Tensor:
         """Return the (G, N) mixing weights of shares: `w_k = a_k + (1 - sum(a)) / N`."""
@@ -88,31 +84,32 @@ class Basis:
         return shares_GN + (1 - shares_GN.sum(dim=1, keepdim=True)) / self.num_checkpoints
 
 
-def build_basis(soup: Soup, module: nn.Module, groups: Groups, *, progress: bool = False) -> Basis:
-    """Read every checkpoint once, tensor by tensor, into centre and deltas.
+def build_basis(
+    soup: Soup, module: nn.Module, groups: Groups, *, storage: str = "float32", progress: bool = False
+) -> Basis:
+    """Read every checkpoint once, a few elements of all checkpoints at a time, into centre and deltas.
 
     Args:
         soup: the checkpoints.
         module: gives names and shapes of the parameters; its values are not read.
         groups: a partition of the names in `mergeable_parameters(soup, module)`.
+        storage: `float32`, `bfloat16`, `int8` or `int4`.
 
     Raises:
         UserError: a tensor holds NaN or infinity (checkpoint and tensor named), or has not the module's shape.
     """
     parameters = mergeable_parameters(soup, module)
     row_of = {name: row for row, names in enumerate(groups.values()) for name in names}
-    squares = torch.zeros(len(groups), len(soup), dtype=torch.float64)
-    centre_squares = torch.zeros(len(groups), dtype=torch.float64)
+    squares = torch.zeros(len(groups), len(soup) + 1, dtype=torch.float64)
+    make = block_maker(storage, len(soup), sum(p.numel() for p in parameters.values()))
     blocks = {}
-    for name, parameter in _with_bar(parameters, progress):
-        block = _centred_block(soup, name, parameter)
-        blocks[name] = block
-        sums = _row_squares(block)
-        squares[row_of[name]] += sums[:-1]
-        centre_squares[row_of[name]] += sums[-1]
-    norms = squares.sqrt()
-    norms[norms <= _NOISE * centre_squares.sqrt().unsqueeze(1)] = 0
-    return Basis(blocks, groups, norms)
+    with RangeReader() as reader:
+        for name, parameter in _with_bar(parameters, progress):
+            blocks[name] = make(parameter.numel())
+            squares[row_of[name]] += _fill(blocks[name], soup, name, parameter, reader)
+    norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
+    norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
+    return Basis(blocks, groups, norms, float(centre_norms.square().sum().sqrt()), storage)
 
 
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -138,30 +135,28 @@ def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Paramete
     return found
 
 
-def _centred_block(soup: Soup, name: str, parameter: nn.Parameter) -> Tensor:
-    block = torch.empty(len(soup) + 1, parameter.numel(), dtype=torch.float32)
-    for k in range(len(soup)):
-        value = soup.read(k, name)
-        if value.shape != parameter.shape:
-            raise UserError(
-                f"{soup.labels[k]}: {name!r} has shape {list(value.shape)}, the module {list(parameter.shape)}"
-            )
-        if not torch.isfinite(value.float().sum()) and not torch.isfinite(value).all():
-            raise UserError(f"{soup.labels[k]}: tensor {name!r} holds NaN or infinity; leave this checkpoint out")
-        block[k] = value.view(-1)
-    for first in range(0, parameter.numel(), _TILE):
-        tile = block[:-1, first : first + _TILE].double()
-        centre = tile.mean(dim=0)
-        block[-1, first : first + _TILE] = centre
-        block[:-1, first : first + _TILE] = tile - centre
-    return block
-
-
-def _row_squares(block: Tensor) -> Tensor:
-    total = torch.zeros(len(block), dtype=torch.float64)
-    for first in range(0, block.shape[1], _TILE):
-        total += block[:, first : first + _TILE].double().square().sum(dim=1)
-    return total
+def _fill(block: Block, soup: Soup, name: str, parameter: nn.Parameter, reader: RangeReader) -> Tensor:
+    """Put a parameter's centre and deltas into its block; return the (N + 1,) squares of their norms."""
+    tensor = soup.tensor_of(name)
+    assert tensor is not None
+    for label, entry in zip(soup.labels, tensor.entries, strict=True):
+        if entry.shape != tuple(parameter.shape):
+            raise UserError(f"{label}: {name!r} has shape {list(entry.shape)}, the module {list(parameter.shape)}")
+    squares = torch.zeros(len(soup) + 1, dtype=torch.float64)
+    size = max(1, _AT_ONCE // (len(soup) * TILE)) * TILE
+    for first in range(0, parameter.numel(), size):
+        values = torch.empty(len(soup), min(size, parameter.numel() - first), dtype=torch.float64)
+        for k, entry in enumerate(tensor.entries):
+            values[k] = reader.read(entry, first, values.shape[1])
+            if not torch.isfinite(values[k].sum()) and not torch.isfinite(values[k]).all():
+                raise UserError(f"{soup.labels[k]}: tensor {name!r} holds NaN or infinity; leave this checkpoint out")
+        centre = values.mean(dim=0)
+        values -= centre
+        deltas = values.float()
+        block.put(first, deltas, centre.float())
+        squares[:-1] += deltas.double().square().sum(dim=1)
+        squares[-1] += centre.float().double().square().sum()
+    return squares
 
 
 def _with_bar(parameters: Mapping[str, nn.Parameter], progress: bool) -> Iterable[tuple[str, nn.Parameter]]:

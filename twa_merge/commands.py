@@ -199,6 +199,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     learn_flags = [
         "granularity",
         "coordinates",
+        "storage",
         "start",
         "lr",
         "epochs",

@@ -14,7 +14,14 @@ import numpy as np
 from torch import nn
 
 from twa_merge import buffers, league
-from twa_merge.assembly import config_folder, load_architecture, make_accelerator, make_task, merged_model
+from twa_merge.assembly import (
+    config_folder,
+    load_architecture,
+    make_accelerator,
+    make_task,
+    merged_model,
+    storage_for,
+)
 from twa_merge.checkpoints import Soup, require_several
 from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
@@ -25,6 +32,7 @@ from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.sources import require_order
+from twa_merge.storage import free_memory
 from twa_merge.tasks import Task
 from twa_merge.training import Learned
 from twa_merge.writer import shard_bytes, write
@@ -154,11 +162,27 @@ class Job:
             granularity=learn_config.granularity,
             coordinates=learn_config.coordinates,
             dtype=self.recipe.dtype,
-            progress=self.progress,
+            storage=self.choose_storage(),
+            progress=self.progress and self.accelerator.is_main_process,
         ).to(self.accelerator.device)
         if learn_config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.scorer = self.make_scorer()
+
+    def choose_storage(self) -> str:
+        """Return the recipe's storage, or for `auto` the one that fits in every process."""
+        if self.recipe.learn.storage != "auto":
+            return self.recipe.learn.storage
+        from accelerate.utils import gather_object
+
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        free = free_memory(device)
+        if world > 1:  # processes share the memory of a CPU
+            free = min(gather_object([free])) // (world if device.type == "cpu" else 1)
+        storage, line = storage_for(self.soup, free)
+        if self.progress and self.accelerator.is_main_process:
+            print(line, file=sys.stderr)
+        return storage
 
     def make_scorer(self) -> Scorer:
         from torch.utils.data import DataLoader, Subset
@@ -187,9 +211,8 @@ class Job:
     def score_baselines(self) -> list[Candidate]:
         candidates = league.baselines(self.scorer, self.soup.labels, self.data.folds, ordered=self.recipe.ordered)
         basis = self.model.basis
-        centre = sum(float(block[-1].square().sum()) for block in basis.blocks.values()) ** 0.5
         self.warnings = [self.data.warning] if self.data.warning is not None else []
-        self.warnings += league.warnings(self.scorer, self.soup, basis.norms, centre)
+        self.warnings += league.warnings(self.scorer, self.soup, basis.norms, basis.centre_norm)
         for warning in self.warnings if self.accelerator.is_main_process else ():
             print(f"warning: {warning}", file=sys.stderr)
         return candidates

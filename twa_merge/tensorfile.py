@@ -127,6 +127,32 @@ def read_range(file: BinaryIO, entry: Entry, first: int, out: Tensor) -> None:
         done += got
 
 
+class RangeReader:
+    """Reads parts of tensors; every file is opened once. A context manager."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+        self._raw = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, entry: Entry, first: int, count: int) -> Tensor:
+        """Return elements `first .. first + count`, flat, in a buffer that the next call overwrites."""
+        if entry.file not in self._files:
+            self._files[entry.file] = entry.file.open("rb", buffering=0)
+        nbytes = count * entry.dtype.itemsize
+        if len(self._raw) < nbytes:
+            self._raw = torch.empty(nbytes, dtype=torch.uint8)
+        out = self._raw[:nbytes].view(entry.dtype)
+        read_range(self._files[entry.file], entry, first, out)
+        return out
+
+
 def read_tensor(entry: Entry) -> Tensor:
     """Return one whole tensor in its own dtype and shape."""
     return read_head(entry, entry.numel).view(entry.shape)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from twa_merge.errors import UserError
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import PlannedTensor, plan
 from twa_merge.publish import copy_side_files, publish
-from twa_merge.tensorfile import Entry, TensorFileWriter, read_range
+from twa_merge.tensorfile import RangeReader, TensorFileWriter
 
 TILE = 1 << 17
 """Elements at a time: a float64 accumulator and one tile of a checkpoint stay in the cache of a core."""
@@ -135,8 +134,7 @@ class _Mixer:
 
     def __init__(self, labels: tuple[str, ...]) -> None:
         self.labels = labels
-        self._files: dict[Path, BinaryIO] = {}
-        self._raw = torch.empty(TILE * 8, dtype=torch.uint8)
+        self._reader = RangeReader()
         self._part = torch.empty(TILE, dtype=torch.float64)
         self._total = torch.empty(TILE, dtype=torch.float64)
         self._out = torch.empty(TILE * 8, dtype=torch.uint8)
@@ -145,8 +143,7 @@ class _Mixer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
+        self._reader.__exit__(*error)
 
     def tiles(self, item: PlannedTensor) -> Iterator[Tensor]:
         """Yield the merged tensor in flat pieces; a piece is valid until the next one is asked for."""
@@ -167,25 +164,18 @@ class _Mixer:
             _require_fits(item, out)
             yield out
 
-    def _read(self, entry: Entry, first: int, count: int) -> Tensor:
-        if entry.file not in self._files:
-            self._files[entry.file] = entry.file.open("rb", buffering=0)
-        out = self._raw[: count * entry.dtype.itemsize].view(entry.dtype)
-        read_range(self._files[entry.file], entry, first, out)
-        return out
-
     def _merged(self, tensor: SoupTensor, members: list[tuple[int, float]], first: int, count: int) -> Tensor:
         """Return the float64 sum of weight times value, in the order of the checkpoints."""
         total, part = self._total[:count].zero_(), self._part[:count]
         for k, weight in members:
-            total.add_(part.copy_(self._read(tensor.entries[k], first, count)), alpha=weight)
+            total.add_(part.copy_(self._reader.read(tensor.entries[k], first, count)), alpha=weight)
         if not torch.isfinite(total.sum()):
             for k, _ in members:
-                self._require_finite(tensor, k, self._read(tensor.entries[k], first, count))
+                self._require_finite(tensor, k, self._reader.read(tensor.entries[k], first, count))
         return total
 
     def _copied(self, item: PlannedTensor, k: int, first: int, count: int) -> Tensor:
-        own = self._read(item.source.entries[k], first, count)
+        own = self._reader.read(item.source.entries[k], first, count)
         if item.source.is_float and not torch.isfinite(own.sum()):
             self._require_finite(item.source, k, own)
         value = own.to(item.dtype)
@@ -197,7 +187,7 @@ class _Mixer:
 
     def _require_equal(self, tensor: SoupTensor, value: Tensor, first: int) -> None:
         for label, entry in zip(self.labels, tensor.entries, strict=True):
-            if not torch.equal(self._read(entry, first, value.numel()).to(value.dtype), value):
+            if not torch.equal(self._reader.read(entry, first, value.numel()).to(value.dtype), value):
                 raise UserError(f"integer tensor {tensor.name!r} differs in {label}: integers have no average")
 
     def _require_finite(self, tensor: SoupTensor, k: int, value: Tensor) -> None:

@@ -1,0 +1,197 @@
+"""How the deltas of one parameter are held: whole in float32, or in tiles of few bits.
+
+Legend: N checkpoints, D_t elements of the parameter, T tiles of B elements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from twa_merge.errors import UserError
+from twa_merge.kernels import Kernels
+from twa_merge.quantize import BLOCK, quantize
+
+TILE = 2048
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
+STORAGES = ("float32", *BITS)
+"""From exact to small."""
+_WORTH_COMPILING = 1 << 27
+"""Elements of a basis: below that, a hundred steps of plain kernels take less time than the compiler."""
+
+
+class Block(Protocol):
+    """Centre and deltas of one parameter."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+    def put(self, first: int, deltas: Tensor, centre: Tensor) -> None:
+        """Store elements `first ..`: deltas (N, count) float32 and centre (count,); `first` is a multiple of TILE."""
+
+    def combine(self, weights_N: Tensor, out: Tensor) -> None:
+        """Write `m + sum_k w_k d_k` into `out`, of the parameter's shape and any float dtype."""
+
+    def project(self, grad: Tensor) -> Tensor:
+        """Return the (N,) inner products of the parameter's gradient with the deltas."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to a device."""
+
+
+class FloatBlock:
+    """N + 1 float32 rows, deltas first and the centre last: `combine` is one matrix-vector product, read once."""
+
+    def __init__(self, num_checkpoints: int, numel: int) -> None:
+        self.rows = torch.empty(num_checkpoints + 1, numel, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def put(self, first: int, deltas: Tensor, centre: Tensor) -> None:
+        self.rows[:-1, first : first + len(centre)] = deltas
+        self.rows[-1, first : first + len(centre)] = centre
+
+    def combine(self, weights_N: Tensor, out: Tensor) -> None:
+        rows = self.rows
+        row = torch.ones(len(rows), dtype=rows.dtype, device=rows.device)
+        row[:-1] = weights_N
+        if out.dtype == rows.dtype and out.is_contiguous():
+            torch.matmul(row.unsqueeze(0), rows, out=out.view(1, -1))
+        else:
+            out.copy_(torch.matmul(row, rows).view(out.shape))
+
+    def project(self, grad: Tensor) -> Tensor:
+        return torch.mv(self.rows, grad.reshape(-1).to(self.rows.dtype))[:-1]
+
+    def to(self, device: torch.device | str) -> None:
+        self.rows = self.rows.to(device)
+
+
+class TiledBlock:
+    """Deltas in bfloat16 or as block-wise codes, the centre in float32.
+
+    Rounded deltas no longer sum to zero. Weights are therefore taken relative to their mean, and products too: equal
+    weights give the centre exactly, whatever the rounding.
+    """
+
+    def __init__(self, num_checkpoints: int, numel: int, bits: int, kernels: Kernels) -> None:
+        self.bits, self.kernels, self.numel = bits, kernels, numel
+        self.tile = min(TILE, -(-numel // (2 * BLOCK)) * 2 * BLOCK)
+        tiles = -(-numel // self.tile)
+        dtype = {16: torch.bfloat16, 8: torch.int8, 4: torch.uint8}[bits]
+        width = self.tile // 2 if bits == 4 else self.tile
+        self.codes = torch.zeros(tiles, num_checkpoints, width, dtype=dtype)
+        self.scales = None if bits == 16 else torch.zeros(tiles, num_checkpoints, self.tile // BLOCK)
+        self.centre_TB = torch.zeros(tiles, self.tile, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.centre_TB.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def put(self, first: int, deltas: Tensor, centre: Tensor) -> None:
+        count = len(centre)
+        self.centre_TB.view(-1)[first : first + count] = centre
+        padded = torch.nn.functional.pad(deltas, (0, -count % self.tile))
+        tiles_TNB = padded.view(len(padded), -1, self.tile).transpose(0, 1).contiguous()
+        where = slice(first // self.tile, first // self.tile + len(tiles_TNB))
+        if self.scales is None:
+            self.codes[where] = tiles_TNB
+        else:
+            self.codes[where], self.scales[where] = quantize(tiles_TNB, self.bits)
+
+    def combine(self, weights_N: Tensor, out: Tensor) -> None:
+        weights_N = weights_N.to(self.centre_TB)
+        weights_N = weights_N - weights_N.mean()
+        flat = out.view(-1) if out.is_contiguous() else torch.empty(self.numel, dtype=out.dtype, device=out.device)
+        whole = self.numel // self.tile
+        end = whole * self.tile
+        self._combine_tiles(slice(0, whole), weights_N, flat[:end].view(whole, self.tile))
+        if end < self.numel:
+            last = torch.empty(1, self.tile, dtype=out.dtype, device=out.device)
+            self._combine_tiles(slice(whole, whole + 1), weights_N, last)
+            flat[end:] = last[0, : self.numel - end]
+        if not out.is_contiguous():
+            out.copy_(flat.view(out.shape))
+
+    def project(self, grad: Tensor) -> Tensor:
+        flat = grad.reshape(-1)
+        whole = self.numel // self.tile
+        end = whole * self.tile
+        total = self._project_tiles(slice(0, whole), flat[:end].view(whole, self.tile))
+        if end < self.numel:
+            last = torch.zeros(1, self.tile, dtype=grad.dtype, device=grad.device)
+            last[0, : self.numel - end] = flat[end:]
+            total += self._project_tiles(slice(whole, whole + 1), last)
+        return total - total.mean()
+
+    def to(self, device: torch.device | str) -> None:
+        self.codes, self.centre_TB = self.codes.to(device), self.centre_TB.to(device)
+        self.scales = None if self.scales is None else self.scales.to(device)
+
+    def _combine_tiles(self, where: slice, weights_N: Tensor, out_TB: Tensor) -> None:
+        scales = None if self.scales is None else self.scales[where]
+        self.kernels.combine(self.codes[where], scales, self.bits, weights_N, self.centre_TB[where], out_TB)
+
+    def _project_tiles(self, where: slice, grad_TB: Tensor) -> Tensor:
+        scales = None if self.scales is None else self.scales[where]
+        return self.kernels.project(self.codes[where], scales, self.bits, grad_TB)
+
+
+def block_maker(storage: str, num_checkpoints: int, numel: int) -> Callable[[int], Block]:
+    """Return what makes the block of a parameter of a given number of elements.
+
+    Args:
+        storage: one of `STORAGES`.
+        num_checkpoints: N.
+        numel: elements of all parameters; kernels are compiled for large models alone, where that pays.
+    """
+    if storage not in STORAGES:
+        raise UserError(f"storage: expected auto or one of {', '.join(STORAGES)}, got {storage!r}")
+    if storage == "float32":
+        return lambda size: FloatBlock(num_checkpoints, size)
+    kernels = Kernels(compile=num_checkpoints * numel >= _WORTH_COMPILING)
+    return lambda size: TiledBlock(num_checkpoints, size, BITS[storage], kernels)
+
+
+def bytes_of(storage: str, num_checkpoints: int, numel: int) -> int:
+    """Return the bytes of a basis, its centre included."""
+    of_delta = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[storage]
+    return round(numel * (num_checkpoints * of_delta + 4))
+
+
+def choose_storage(num_checkpoints: int, numel: int, free: int) -> tuple[str, str]:
+    """Return the most exact storage whose basis takes at most half of the free memory, and a line that says why.
+
+    Args:
+        num_checkpoints: N.
+        numel: elements of all parameters.
+        free: bytes of free memory where the basis will be.
+    """
+    sizes = {storage: bytes_of(storage, num_checkpoints, numel) for storage in STORAGES}
+    chosen = next((storage for storage, size in sizes.items() if size <= free / 2), STORAGES[-1])
+    line = f"storage: {chosen}, {sizes[chosen] / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
+    if chosen != "float32":
+        line += f" (float32 would take {sizes['float32'] / 1e9:.2f} GB)"
+    return chosen, line
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of free memory on a device; of the CPU, what the process may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
