@@ -1,23 +1,22 @@
 """Peak memory of a training step of the coefficients over that of a plain step, in processes of their own (Linux).
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --checkpoints 10 40 --storages float32 int8 int4
 
-ViT-B/32, random weights, ten checkpoints, float32 basis, batch 1. The peak is the kernel's (VmHWM), reset after the
-model, the basis and two warm-up steps are there.
+ViT-B/32, random weights, batch 1. The peak is the kernel's (VmHWM), reset after the model, the basis and two warm-up
+steps are there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-NUM_CHECKPOINTS = 10
 
-
-def peak_of_steps(kind: str) -> None:
-    """Take steps of one kind and print the process's peak in bytes and the sizes of D and the basis."""
+def peak_of_steps(storage: str, num_checkpoints: int) -> None:
+    """Take plain steps, or steps of coefficients with a storage, and print the process's peak in bytes and the sizes of D and the basis."""
     import torch
     from step import random_basis, vit_b32
 
@@ -28,11 +27,11 @@ def peak_of_steps(kind: str) -> None:
     size = sum(p.nbytes for p in module.parameters())
     model = module
     basis_bytes = 0
-    if kind == "merged":
-        basis = random_basis(module, NUM_CHECKPOINTS, "tensor")
+    if storage != "plain":
+        basis = random_basis(module, num_checkpoints, "tensor", storage)
         basis_bytes = basis.nbytes
-        model = MergedModel(module, basis, tuple(map(str, range(NUM_CHECKPOINTS))))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3) if kind == "merged" else None
+        model = MergedModel(module, basis, tuple(map(str, range(num_checkpoints))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3) if storage != "plain" else None
     model.train()
     batch = {"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.zeros(1, dtype=torch.long)}
     for step in range(5):
@@ -46,21 +45,37 @@ def peak_of_steps(kind: str) -> None:
     print(json.dumps({"peak": int(line.split()[1]) * 1024, "D": size, "basis_and_centre": basis_bytes}))
 
 
+def measured(storage: str, num_checkpoints: int) -> dict[str, int]:
+    """Return the figures of a process of its own."""
+    command = [sys.executable, __file__, "--one", storage, "--checkpoints", str(num_checkpoints)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
-    """Compare both kinds."""
-    found = {}
-    for kind in ("plain", "merged"):
-        done = subprocess.run([sys.executable, __file__, kind], check=True, capture_output=True, text=True)
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-    extra = found["merged"]["peak"] - found["plain"]["peak"]
-    allowed = found["merged"]["basis_and_centre"]
-    size = found["plain"]["D"]
-    print(f"plain step: {found['plain']['peak'] / 2**20:.0f} MiB, merged: {found['merged']['peak'] / 2**20:.0f} MiB")
-    print(f"extra over basis + centre ({allowed / 2**20:.0f} MiB): {(extra - allowed) / size:+.2f} D")
+    """Compare steps with a basis to plain ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=int, nargs="+", default=[10])
+    parser.add_argument("--storages", nargs="+", default=["float32"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return peak_of_steps(args.one, args.checkpoints[0])
+    plain = measured("plain", 0)
+    print(f"plain step: {plain['peak'] / 2**20:.0f} MiB")
+    for count in args.checkpoints:
+        for storage in args.storages:
+            found = measured(storage, count)
+            allowed, extra = found["basis_and_centre"], found["peak"] - plain["peak"]
+            print(
+                f"N={count:2d} {storage:8s}: {found['peak'] / 2**20:.0f} MiB, extra {extra / 2**20:.0f} MiB, over basis + "
+                f"centre ({allowed / 2**20:.0f} MiB): {(extra - allowed) / plain['D']:+.2f} D; basis "
+                f"{allowed / plain['D'] - 1:.2f} D = {(allowed / plain['D'] - 1) * 4 / count:.3f} bytes an element",
+                flush=True,
+            )
+    return None
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        peak_of_steps(sys.argv[1])
-    else:
-        main()
+    main()

@@ -1,20 +1,19 @@
 """A training step of the coefficients beside a plain forward + backward of the same model, as ratios in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/step.py
+    OMP_NUM_THREADS=1 python benchmarks/step.py --batches 1 16 32 --storages float32 bfloat16 int8 int4
 
-ViT-B/32, random weights, ten checkpoints, float32 basis. Both kinds of step take turns, so that a noisy machine
-disturbs both. CPU seconds of the process; medians. Also the memory that a step adds to a plain one.
+ViT-B/32, random weights, ten checkpoints. All kinds of step take turns, so that a noisy machine disturbs all of them.
+CPU seconds of the process; medians of the ratios in each turn. The floor of float32 is to read its basis twice: two
+`torch.sum` over a block of that size, in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -22,6 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from twa_merge.basis import Basis
 from twa_merge.groups import group_parameters
 from twa_merge.model import MergedModel
+from twa_merge.storage import STORAGES, block_maker
 
 
 def vit_b32() -> nn.Module:
@@ -29,21 +29,37 @@ def vit_b32() -> nn.Module:
     return ViTForImageClassification(ViTConfig(patch_size=32, num_labels=1000))
 
 
-def random_basis(module: nn.Module, num_checkpoints: int, granularity: str) -> Basis:
-    """Return a basis of small random deltas around the module's own weights."""
+def random_basis(module: nn.Module, num_checkpoints: int, granularity: str, storage: str) -> Basis:
+    """Return a basis of small, heavy-tailed random deltas around the module's own weights."""
     parameters = dict(module.named_parameters())
-    blocks = {}
+    make = block_maker(storage, num_checkpoints, sum(p.numel() for p in parameters.values()))
+    squares, blocks = {}, {}
     for name, parameter in parameters.items():
-        block = torch.empty(num_checkpoints + 1, parameter.numel())
-        block[:-1].normal_(std=1e-3)
-        block[:-1] -= block[:-1].mean(dim=0)
-        block[-1] = parameter.detach().view(-1)
-        blocks[name] = block
+        shape = (num_checkpoints, parameter.numel())
+        deltas = 1e-3 * torch.randn(shape) * torch.rand(shape).clamp_min(1e-3).pow(-0.25)
+        deltas -= deltas.mean(dim=0)
+        blocks[name] = make(parameter.numel())
+        blocks[name].put(0, deltas, parameter.detach().view(-1))
+        squares[name] = deltas.double().square().sum(dim=1)
     groups = group_parameters(parameters, granularity)
-    norms = torch.stack(
-        [sum(blocks[n][:-1].double().square().sum(1) for n in names).sqrt() for names in groups.values()]
-    )
-    return Basis(blocks, groups, norms)
+    norms = torch.stack([sum(squares[name] for name in names).sqrt() for names in groups.values()])
+    return Basis(blocks, groups, norms, 1.0, storage)
+
+
+def merged_step(args: argparse.Namespace, storage: str, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Return a training step of the coefficients."""
+    module = vit_b32()
+    labels = tuple(map(str, range(args.checkpoints)))
+    merged = MergedModel(module, random_basis(module, args.checkpoints, args.granularity, storage), labels)
+    merged.train()
+    optimizer = torch.optim.AdamW(merged.parameters(), lr=1e-3)
+
+    def step() -> None:
+        merged(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def alternate(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
@@ -64,41 +80,39 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--granularity", default="tensor")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--storages", nargs="+", choices=STORAGES, default=["float32"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
+    plain = vit_b32().train()
+    numel = sum(p.numel() for p in plain.parameters())
+    batch: dict[str, torch.Tensor] = {}  # what it holds changes; the steps see it
+    block = torch.ones(args.checkpoints, numel)
 
-    plain = vit_b32()
-    merged = MergedModel(
-        inner := vit_b32(), random_basis(inner, args.checkpoints, args.granularity),
-        tuple(map(str, range(args.checkpoints))),
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(merged.parameters(), lr=1e-3)
-    plain.train()
-    merged.train()
-    found = {"threads": torch.get_num_threads(), "checkpoints": args.checkpoints, "ratios": {}}
-    for batch in args.batches:
-        pixels, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    def plain_step() -> None:
+        plain(**batch).loss.backward()
+        plain.zero_grad(set_to_none=True)
 
-        def plain_step(pixels: torch.Tensor = pixels, labels: torch.Tensor = labels) -> None:
-            plain(pixel_values=pixels, labels=labels).loss.backward()
-            plain.zero_grad(set_to_none=True)
+    steps: dict[str, Callable[[], None]] = {"plain": plain_step, "floor": lambda: [block.sum() for _ in range(2)]}  # type: ignore[dict-item,return-value]
+    steps |= {storage: merged_step(args, storage, batch) for storage in args.storages}
+    for size in args.batches:
+        batch |= {"pixel_values": torch.randn(size, 3, 224, 224), "labels": torch.randint(0, 1000, (size,))}
+        times = alternate(steps, args.repeats)
+        report(size, {name: np.array(seconds) for name, seconds in times.items()}, args.storages)
 
-        def merged_step(pixels: torch.Tensor = pixels, labels: torch.Tensor = labels) -> None:
-            merged(pixel_values=pixels, labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        times = alternate({"plain": plain_step, "merged": merged_step}, args.repeats)
-        ratio = statistics.median(m / p for m, p in zip(times["merged"], times["plain"], strict=True))
-        spread = sorted(m / p for m, p in zip(times["merged"], times["plain"], strict=True))
-        found["ratios"][f"batch {batch}"] = round(ratio, 3)
+def report(size: int, times: dict[str, np.ndarray], storages: list[str]) -> None:
+    """Print the ratios of one batch size."""
+    first = np.median(times[storages[0]] - times["plain"])
+    for storage in storages:
+        ratios = times[storage] / times["plain"]
+        extra = np.median(times[storage] - times["plain"])
         print(
-            f"batch {batch:3d}: plain {statistics.median(times['plain']):.3f} s, "
-            f"step {statistics.median(times['merged']):.3f} s, ratio {ratio:.2f} ({spread[0]:.2f} to {spread[-1]:.2f})"
+            f"batch {size:3d} {storage:8s}: plain {np.median(times['plain']):.3f} s, step over plain "
+            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}); extra {extra:.3f} s, over reading "
+            f"float32 twice {extra / np.median(times['floor']):.2f}, over that of {storages[0]} {extra / first:.2f}",
+            flush=True,
         )
-    found["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class FloatBlock:
             out.copy_(torch.matmul(row, rows).view(out.shape))
 
     def project(self, grad: Tensor) -> Tensor:
-        return torch.mv(self.rows, grad.reshape(-1).to(self.rows.dtype))[:-1]
+        return torch.mv(self.rows[:-1], grad.reshape(-1).to(self.rows.dtype))
 
     def to(self, device: torch.device | str) -> None:
         self.rows = self.rows.to(device)
