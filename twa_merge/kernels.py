@@ -1,8 +1,8 @@
-"""`combine` and `project` on tiles of deltas that are held in few bits: one fused pass where torch can compile it.
+"""`combine` and `project` on stored deltas: one fused pass where torch can compile it.
 
-Legend: T tiles, N checkpoints, B elements of a tile. Codes of one tile lie together, all checkpoints of it, so that
-either product reads the basis once, in order. Both run on a few tiles at a time: what they write is still in the cache
-when it is read.
+Legend: R rows, T tiles, N checkpoints, B elements of a tile. Codes of one tile lie together, all checkpoints of it, so
+that either product reads the basis once, in order. Both run on a few tiles at a time: what they write is still in the
+cache when it is read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from twa_merge.quantize import dequantize, halves
 
 _COMPILED_TILES = 128
 _PLAIN_ELEMENTS = 1 << 20
+_WORTH_A_CALL = 1 << 18
+"""Elements of a row: below that, BLAS is faster."""
+_ROWS, _PIECE = 16, 1 << 17
+"""A processor follows some 16 streams of memory at once; of more rows, pieces are summed in the cache."""
 
 
 class Kernels:
-    """The two products on tiles.
+    """The products that are worth compiling.
 
     Args:
         compile: by `torch.compile` (C++ on CPUs, Triton on GPUs), which takes seconds at first; plain torch otherwise,
@@ -29,13 +33,35 @@ class Kernels:
     """
 
     def __init__(self, *, compile: bool) -> None:
-        self._combine: Callable[..., Any] | None = torch.compile(_combine) if compile else None
-        self._project: Callable[..., Any] | None = torch.compile(_project) if compile else None
+        kernels = (_combine, _project, _combine_rows)
+        self._compiled: dict[Callable[..., None], Any] = {k: torch.compile(k) for k in kernels} if compile else {}
 
     @property
     def compiled(self) -> bool:
         """Whether compiled kernels are in use."""
-        return self._combine is not None
+        return bool(self._compiled)
+
+    def combine_rows(self, rows_RD: Tensor, weights_R: Tensor, centre_D: Tensor, out_D: Tensor) -> bool:
+        """Write `centre + sum_r weights[r] * rows[r]` into `out_D`; False if it is not worth it, or cannot be compiled.
+
+        On CPUs it reads the rows in two thirds of the time that BLAS takes.
+        """
+        size = len(out_D)
+        if rows_RD.device.type != "cpu" or size < _WORTH_A_CALL:
+            return False
+        parts = -(-len(rows_RD) // _ROWS)
+        chunks = list(zip(rows_RD.chunk(parts), weights_R.chunk(parts), strict=True))
+        piece = size if parts == 1 else _PIECE
+        out = out_D.unsqueeze(0)
+        for first in range(0, size, piece):
+            where = slice(first, first + piece)
+            start = centre_D.unsqueeze(0)
+            for rows, weights in chunks:
+                arguments = (rows[:, where], weights, start[:, where], out[:, where])
+                if not self._run(_combine_rows, -1, *arguments):
+                    return False  # nothing is lost: the caller computes all of it again
+                start = out
+        return True
 
     def combine(
         self, codes: Tensor, scales: Tensor | None, bits: int, weights_N: Tensor, centre_TB: Tensor, out_TB: Tensor
@@ -43,22 +69,17 @@ class Kernels:
         """Write `centre + sum_k weights[k] * delta_k` into `out_TB`, of any float dtype."""
         for part in self._parts(codes):
             chosen = (codes[part], None if scales is None else scales[part])
-            if self._combine is not None and self._try(
-                self._combine, *chosen, bits, weights_N, centre_TB[part], out_TB[part]
-            ):
-                continue
-            values = dequantize(*chosen, bits)
-            out_TB[part] = centre_TB[part] + torch.matmul(weights_N, values)
+            if not self._run(_combine, 0, *chosen, bits, weights_N, centre_TB[part], out_TB[part]):
+                out_TB[part] = centre_TB[part] + torch.matmul(weights_N, dequantize(*chosen, bits))
 
     def project(self, codes: Tensor, scales: Tensor | None, bits: int, grad_TB: Tensor) -> Tensor:
         """Return the (N,) float32 inner products of a gradient, of any float dtype, with the deltas."""
         total = torch.zeros(codes.shape[1], dtype=torch.float32, device=codes.device)
         for part in self._parts(codes):
             chosen = (codes[part], None if scales is None else scales[part])
-            if self._project is not None and self._try(self._project, *chosen, bits, grad_TB[part], total):
-                continue
-            values = dequantize(*chosen, bits)
-            total += torch.matmul(values, grad_TB[part].float().unsqueeze(-1)).squeeze(-1).sum(dim=0)
+            if not self._run(_project, 0, *chosen, bits, grad_TB[part], total):
+                values = dequantize(*chosen, bits)
+                total += torch.matmul(values, grad_TB[part].float().unsqueeze(-1)).squeeze(-1).sum(dim=0)
         return total
 
     def _parts(self, codes: Tensor) -> Iterator[slice]:
@@ -67,23 +88,33 @@ class Kernels:
         for first in range(0, len(codes), size):
             yield slice(first, first + size)
 
-    def _try(self, kernel: Callable[..., Any], *arguments: Any) -> bool:
-        """Run a compiled kernel; False, for this time and for good, if it cannot be compiled here."""
-        if len(arguments[0]) < 2:  # one tile alone would be compiled for itself
+    def _run(self, kernel: Callable[..., None], dynamic: int, *arguments: Any) -> bool:
+        """Run a compiled kernel, one for every size of a dimension; False, for good, if it cannot be compiled here."""
+        compiled = self._compiled.get(kernel)
+        if compiled is None or arguments[0].shape[dynamic] < 2:  # a size of one would be compiled for itself
             return False
         for tensor in arguments:
             if isinstance(tensor, Tensor) and tensor.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                for dimension in range(1, tensor.dim()):
-                    torch._dynamo.mark_static(tensor, dimension)
+                for dimension in range(tensor.dim()):
+                    if dimension == dynamic % tensor.dim():
+                        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+                    else:
+                        torch._dynamo.mark_static(tensor, dimension)
         try:
-            kernel(*arguments)
+            compiled(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
-            self._combine = self._project = None
+            self._compiled = {}
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             warnings.warn(f"torch.compile does not work here, slower plain kernels are used ({reason})", stacklevel=2)
             return False
         return True
+
+
+def _combine_rows(rows_RD: Tensor, weights_R: Tensor, start_1D: Tensor, out_1D: Tensor) -> None:
+    total = start_1D[0]
+    for row in range(len(rows_RD)):
+        total = total + rows_RD[row] * weights_R[row]
+    out_1D[0] = total
 
 
 def _combine(
