@@ -7,9 +7,11 @@ import twa_merge as twa
 from tests import factory
 from tests.test_model import BATCHES
 from twa_merge.errors import UserError
+from twa_merge import kernels
 from twa_merge.kernels import Kernels
 from twa_merge.quantize import BLOCK, dequantize, quantize
-from twa_merge.storage import BITS, STORAGES, TILE, TiledBlock, bytes_of, choose_storage
+from twa_merge.blocks import TILE, FloatBlock, TiledBlock
+from twa_merge.storage import BITS, STORAGES, bytes_of, choose_storage
 
 
 def deltas(n, numel, seed=0):
@@ -134,19 +136,38 @@ def test_a_model_learns_with_its_exact_gradient_on_rounded_deltas(tmp_path, kind
     assert sum(block.nbytes for block in model.basis.blocks.values()) == model.basis.nbytes
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("n", [3, 37])
+def test_float_rows(n, compile):
+    numel = 300_001
+    block = FloatBlock(n, numel, Kernels(compile=compile))
+    values, centre = torch.randn(n, numel), torch.randn(numel)
+    block.put(0, values, centre)
+    weights, grad = torch.randn(n), torch.randn(numel)
+    expected = (centre.double() + weights.double() @ values.double()).view(numel, 1)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        out = torch.full((numel, 1), torch.nan, dtype=dtype)
+        block.combine(weights.double(), out)
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(block.project(grad).double(), values.double() @ grad.double(), rtol=1e-4, atol=1e-2)
+    assert block.kernels.compiled == compile
+
+
 def test_auto_takes_the_most_exact_that_fits():
     numel = 100_000_000
     sizes = [bytes_of(storage, 10, numel) for storage in STORAGES]
-    assert sizes == [4_400_000_000, 2_400_000_000, 1_462_500_000, 962_500_000]
+    assert sizes == [4_400_000_000, 2_400_000_000, 1_462_500_000, 962_500_000, 0]
     for storage, size in zip(STORAGES, sizes, strict=True):
         assert choose_storage(10, numel, 2 * size)[0] == storage
     chosen, line = choose_storage(10, numel, 3_000_000_000)
     assert chosen == "int8"
-    assert line == "storage: int8, 1.46 GB of 3.0 GB free (float32 would take 4.40 GB)"
-    assert choose_storage(10, numel, 0)[0] == "int4"
+    assert line == "storage: int8, 1.46 GB of 3.0 GB free (bfloat16 would take 2.40 GB, more than half)"
+    assert choose_storage(10, numel, -1)[0] == "disk"
 
 
 def test_unknown_storage_is_refused(tmp_path):
     soup = twa.Soup(factory.make_soup("bert", tmp_path))
-    with pytest.raises(UserError, match="storage: expected auto or one of float32, bfloat16, int8, int4, got 'int2'"):
+    with pytest.raises(
+        UserError, match="storage: expected auto or one of float32, bfloat16, int8, int4, disk, got 'int2'"
+    ):
         twa.merged_model(soup, storage="int2")

@@ -8,23 +8,30 @@ Here a group's shares `a_N` are the coordinates without the normalisation of eq.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from twa_merge import sharding
+from twa_merge.alignment import SoupTensor
+from twa_merge.blocks import TILE, Block
 from twa_merge.errors import UserError
 from twa_merge.groups import Groups
-from twa_merge.storage import TILE, Block, block_maker
-from twa_merge.tensorfile import RangeReader
+from twa_merge.originals import MappedFiles, OriginalBlock, in_order
+from twa_merge.storage import block_maker, check_storage
+from twa_merge.tensorfile import RangeReader, Window
 
 if TYPE_CHECKING:
     from twa_merge.checkpoints import Soup
 
 _AT_ONCE = 1 << 22
 """Elements of all checkpoints together that are in memory as floats while a basis is built."""
+_FILES_AT_ONCE = 8
 _NOISE = 1e-6
 """A delta below this share of the centre is float32 rounding, not a direction."""
 
@@ -42,6 +49,8 @@ class Basis:
     centre_norm: float
     """`||m||` of all parameters."""
     storage: str = "float32"
+    originals: Mapping[str, OriginalBlock] | None = None
+    """Parameter name -> the checkpoints themselves, where the blocks are not exact."""
 
     def __post_init__(self) -> None:
         self._row_of = {name: row for row, names in enumerate(self.groups.values()) for name in names}
@@ -89,27 +98,46 @@ def build_basis(
 ) -> Basis:
     """Read every checkpoint once, a few elements of all checkpoints at a time, into centre and deltas.
 
+    Of a module whose parameters are sharded over processes, each process reads and holds its own part.
+
     Args:
         soup: the checkpoints.
         module: gives names and shapes of the parameters; its values are not read.
         groups: a partition of the names in `mergeable_parameters(soup, module)`.
-        storage: `float32`, `bfloat16`, `int8` or `int4`.
+        storage: `float32`, `bfloat16`, `int8`, `int4`, or `disk`: nothing is held.
 
     Raises:
         UserError: a tensor holds NaN or infinity (checkpoint and tensor named), or has not the module's shape.
     """
+    check_storage(storage)
     parameters = mergeable_parameters(soup, module)
+    windows = {name: sharding.window_of(parameter) for name, parameter in parameters.items()}
+    tensors = {name: _tensor_of(soup, name, parameter) for name, parameter in parameters.items()}
+    files = MappedFiles()
+    originals = {name: OriginalBlock(tensors[name].entries, window, files) for name, window in windows.items()}
+    in_order(list(originals.values()))
+    blocks: dict[str, Block] = dict(originals)
+    make = None
+    if storage != "disk":
+        make = block_maker(storage, len(soup), sum(window.numel for window in windows.values()))
     row_of = {name: row for row, names in enumerate(groups.values()) for name in names}
     squares = torch.zeros(len(groups), len(soup) + 1, dtype=torch.float64)
-    make = block_maker(storage, len(soup), sum(p.numel() for p in parameters.values()))
-    blocks = {}
-    with RangeReader() as reader:
-        for name, parameter in _with_bar(parameters, progress):
-            blocks[name] = make(parameter.numel())
-            squares[row_of[name]] += _fill(blocks[name], soup, name, parameter, reader)
+    total = sum(entry.dtype.itemsize * windows[name].numel for name in windows for entry in tensors[name].entries)
+    with _Reader(soup) as reader, _bar(total, progress) as bar:
+        for name, window in windows.items():
+            if make is not None:
+                blocks[name] = make(window.numel)
+            for first, values in reader.tiles(tensors[name], window):
+                share = sharding.share_of(parameters[name], module)
+                squares[row_of[name]] += share * _put(blocks[name], first, values)
+                bar(sum(entry.dtype.itemsize for entry in tensors[name].entries) * values.shape[1])
+    sharding.sum_over_processes(squares, module)
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
     norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
-    return Basis(blocks, groups, norms, float(centre_norms.square().sum().sqrt()), storage)
+    exact = storage in ("float32", "disk")
+    return Basis(
+        blocks, groups, norms, float(centre_norms.square().sum().sqrt()), storage, None if exact else originals
+    )
 
 
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,36 +163,63 @@ def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Paramete
     return found
 
 
-def _fill(block: Block, soup: Soup, name: str, parameter: nn.Parameter, reader: RangeReader) -> Tensor:
-    """Put a parameter's centre and deltas into its block; return the (N + 1,) squares of their norms."""
+def _tensor_of(soup: Soup, name: str, parameter: nn.Parameter) -> SoupTensor:
     tensor = soup.tensor_of(name)
     assert tensor is not None
     for label, entry in zip(soup.labels, tensor.entries, strict=True):
         if entry.shape != tuple(parameter.shape):
             raise UserError(f"{label}: {name!r} has shape {list(entry.shape)}, the module {list(parameter.shape)}")
-    squares = torch.zeros(len(soup) + 1, dtype=torch.float64)
-    size = max(1, _AT_ONCE // (len(soup) * TILE)) * TILE
-    for first in range(0, parameter.numel(), size):
-        values = torch.empty(len(soup), min(size, parameter.numel() - first), dtype=torch.float64)
-        for k, entry in enumerate(tensor.entries):
-            values[k] = reader.read(entry, first, values.shape[1])
-            if not torch.isfinite(values[k].sum()) and not torch.isfinite(values[k]).all():
-                raise UserError(f"{soup.labels[k]}: tensor {name!r} holds NaN or infinity; leave this checkpoint out")
-        centre = values.mean(dim=0)
-        values -= centre
-        deltas = values.float()
-        block.put(first, deltas, centre.float())
-        squares[:-1] += deltas.double().square().sum(dim=1)
-        squares[-1] += centre.float().double().square().sum()
-    return squares
+    return tensor
 
 
-def _with_bar(parameters: Mapping[str, nn.Parameter], progress: bool) -> Iterable[tuple[str, nn.Parameter]]:
+class _Reader:
+    """Reads a tensor of every checkpoint in tiles, several files at a time. A context manager."""
+
+    def __init__(self, soup: Soup) -> None:
+        self._soup = soup
+        self._stack = ExitStack()
+        self._readers = [self._stack.enter_context(RangeReader()) for _ in soup.labels]
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(min(_FILES_AT_ONCE, len(soup))))
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def tiles(self, tensor: SoupTensor, window: Window) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first element, (N, count) float64 values)."""
+        size = max(1, _AT_ONCE // (len(self._readers) * TILE)) * TILE
+        for first in range(0, window.numel, size):
+            values = torch.empty(len(self._readers), min(size, window.numel - first), dtype=torch.float64)
+
+            def read(k: int, first: int = first, values: Tensor = values) -> None:
+                values[k] = self._readers[k].read(tensor.entries[k], first, values.shape[1], window)
+                if not torch.isfinite(values[k].sum()) and not torch.isfinite(values[k]).all():
+                    raise UserError(
+                        f"{self._soup.labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out"
+                    )
+
+            list(self._pool.map(read, range(len(self._readers))))
+            yield first, values
+
+
+def _put(block: Block, first: int, values: Tensor) -> Tensor:
+    """Put centre and deltas of a tile into a parameter's block; return the (N + 1,) squares of their norms."""
+    centre = values.mean(dim=0)
+    deltas = values.sub_(centre).float()
+    centre = centre.float()
+    block.put(first, deltas, centre)
+    return torch.cat([deltas.double().square().sum(dim=1), centre.double().square().sum().unsqueeze(0)])
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
+    """Yield what moves a bar over so many bytes on."""
     if not progress:
-        return parameters.items()
+        yield lambda count: None
+        return
     from tqdm import tqdm
 
-    bar: Iterable[tuple[str, nn.Parameter]] = tqdm(
-        parameters.items(), desc="reading", unit="tensor", delay=2, disable=None
-    )
-    return bar
+    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, delay=2, disable=None) as bar:
+        yield bar.update

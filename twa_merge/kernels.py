@@ -33,7 +33,7 @@ class Kernels:
     """
 
     def __init__(self, *, compile: bool) -> None:
-        kernels = (_combine, _project, _combine_rows)
+        kernels = (_combine, _project, _combine_rows, _add_rows)
         self._compiled: dict[Callable[..., None], Any] = {k: torch.compile(k) for k in kernels} if compile else {}
 
     @property
@@ -47,20 +47,20 @@ class Kernels:
         On CPUs it reads the rows in two thirds of the time that BLAS takes.
         """
         size = len(out_D)
-        if rows_RD.device.type != "cpu" or size < _WORTH_A_CALL:
-            return False
         parts = -(-len(rows_RD) // _ROWS)
+        if rows_RD.device.type != "cpu" or size < _WORTH_A_CALL or (parts > 1 and out_D.dtype != torch.float32):
+            return False
         chunks = list(zip(rows_RD.chunk(parts), weights_R.chunk(parts), strict=True))
         piece = size if parts == 1 else _PIECE
-        out = out_D.unsqueeze(0)
+        centre, out = centre_D.unsqueeze(0), out_D.unsqueeze(0)
         for first in range(0, size, piece):
             where = slice(first, first + piece)
-            start = centre_D.unsqueeze(0)
-            for rows, weights in chunks:
-                arguments = (rows[:, where], weights, start[:, where], out[:, where])
-                if not self._run(_combine_rows, -1, *arguments):
-                    return False  # nothing is lost: the caller computes all of it again
-                start = out
+            done = self._run(_combine_rows, -1, chunks[0][0][:, where], chunks[0][1], centre[:, where], out[:, where])
+            for rows, weights in chunks[1:]:
+                # a kernel of its own: torch.compile is wrong where two arguments share memory
+                done = done and self._run(_add_rows, -1, rows[:, where], weights, out[:, where])
+            if not done:
+                return False  # the caller computes all of it again
         return True
 
     def combine(
@@ -110,8 +110,15 @@ class Kernels:
         return True
 
 
-def _combine_rows(rows_RD: Tensor, weights_R: Tensor, start_1D: Tensor, out_1D: Tensor) -> None:
-    total = start_1D[0]
+def _combine_rows(rows_RD: Tensor, weights_R: Tensor, centre_1D: Tensor, out_1D: Tensor) -> None:
+    total = centre_1D[0]
+    for row in range(len(rows_RD)):
+        total = total + rows_RD[row] * weights_R[row]
+    out_1D[0] = total
+
+
+def _add_rows(rows_RD: Tensor, weights_R: Tensor, out_1D: Tensor) -> None:
+    total = out_1D[0]
     for row in range(len(rows_RD)):
         total = total + rows_RD[row] * weights_R[row]
     out_1D[0] = total

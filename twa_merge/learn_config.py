@@ -20,7 +20,7 @@ class LearnConfig:
     coordinates: str = "relative"
     """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
     storage: str = "auto"
-    """Of the deltas: `float32`, `bfloat16`, `int8`, `int4`, or `auto`, the most exact that fits."""
+    """Of the deltas: `float32`, `bfloat16`, `int8`, `int4`, `disk`, or `auto`, the most exact that fits."""
     start: str = "uniform"
     """Where coefficients start: `uniform`, `greedy` or `best`."""
     lr: float = 0.03
@@ -57,7 +57,7 @@ class LearnConfig:
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
             raise UserError(f"learn.epochs: expected a number above 0, got {self.epochs}")
         choices = {
-            "storage": ("auto", "float32", "bfloat16", "int8", "int4"),
+            "storage": ("auto", "float32", "bfloat16", "int8", "int4", "disk"),
             "coordinates": ("relative", "normalized"),
             "start": ("uniform", "greedy", "best"),
             "mixed_precision": ("no", "bf16"),

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twa_merge import buffers
+from twa_merge import buffers, sharding
 from twa_merge.basis import Basis
 from twa_merge.dropout import restore_dropout, switch_off_dropout
 from twa_merge.errors import UserError
-from twa_merge.links import install_links, unlinked
+from twa_merge.links import LinkedParameters, install_links, unlinked
 from twa_merge.mixing import MixingWeights
+from twa_merge.sharding import ShardedProjection
 
 COORDINATES = ("relative", "normalized")
 
@@ -65,7 +66,7 @@ class MergedModel(nn.Module):
         # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
         _hide(self, module=module, basis=basis, coordinates=coordinates)
         _hide(self, checkpoints=checkpoints, fingerprints=fingerprints)
-        _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None)
+        _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None, _placed=None)
         position = (basis.trainable_G.cumsum(0) - 1).masked_fill(~basis.trainable_G, -1)
         _hide(self, _position=position.tolist())
         norms = basis.norms[self._active]
@@ -75,9 +76,15 @@ class MergedModel(nn.Module):
         learnable = {name for name in basis.blocks if self._position[basis.row_of(name)] >= 0}
         # not a method: bound to this model, it would make a cycle of model, module and basis
         project = functools.partial(_project, basis, self._position, self._scale, self.twa_coefficients)
-        _hide(self, _links=install_links(module, self.twa_coefficients, learnable, project))
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
+        links: list[LinkedParameters] = []
+        projection = None
+        if sharding.is_sharded(module):
+            projection = ShardedProjection(module, self.twa_coefficients, learnable, project)
+        else:
+            links = install_links(module, self.twa_coefficients, learnable, project)
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+        _hide(self, _links=links, _projection=projection)
         _hide(self, _dropout=switch_off_dropout(module))
         self.__class__ = _with_signature_of(type(self), module)
         self.start_from(start)
@@ -120,10 +127,31 @@ class MergedModel(nn.Module):
             _hide(self, _combined=now.clone())
 
     def _combine(self, row: Callable[[str], Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
+        _hide(self, _combined=None, _placed=None)
+        for name, part in self._parts():
+            self.basis.combine(name, row(name), out=part)
+
+    def _place(self, weights: MixingWeights) -> None:
+        """Put a table's weights in place, from the checkpoints themselves where the basis is not exact."""
+        originals, before = self.basis.originals, self._placed
+        if originals is None:
+            return self._combine(weights.row)
+        _hide(self, _combined=None, _placed=None)
+        for name, part in self._parts():
+            if before is None:
+                originals[name].combine(weights.row(name), part)
+            else:
+                originals[name].update(before.row(name), weights.row(name), part)
+        _hide(self, _placed=weights)
+        return None
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every merged parameter, or the part of it that this process holds."""
+        if self._projection is not None:
+            sharding.free_gathered(self.module)
+        for name, part in sharding.named_parts(self.module):
             if name in self.basis.blocks:
-                # detach, not .data: the write then counts for graphs that are still open, and they raise
-                self.basis.combine(name, row(name), out=parameter.detach())
+                yield name, part
 
     def _rows_of(self, weights: MixingWeights) -> Tensor:
         if len(weights.groups) == 1:
@@ -140,11 +168,16 @@ class MergedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output at the current coefficients."""
         self.refresh()
+        if self._projection is not None:
+            self._projection.forget()
         return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
     def materialized(self, weights: MixingWeights | None = None) -> Iterator[nn.Module]:
         """Yield the plain module with a merge in place: for evaluation, `generate`, pipelines, scoring of baselines.
+
+        A table's weights are exact, read from the checkpoints, also where the basis is held in few bits; the present
+        coefficients (None) are those that learn, on the deltas as they are held.
 
         Running statistics and other buffers are the table's where it has any, else left as they are.
         """
@@ -153,8 +186,7 @@ class MergedModel(nn.Module):
             if weights is None:
                 self.refresh()
             else:
-                self._combine(weights.row)
-                _hide(self, _combined=None)
+                self._place(weights)
                 buffers.load_buffers(self.module, dict(weights.statistics))
         try:
             with unlinked(self._links):
@@ -170,6 +202,8 @@ class MergedModel(nn.Module):
         self.refresh()
         for link in self._links:
             link.remove()
+        if self._projection is not None:
+            self._projection.remove()
         restore_dropout(self._dropout)
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -180,7 +214,15 @@ class MergedModel(nn.Module):
         """Save the merged module as combined in float32, with `mixing_weights.*`.
 
         `twa_merge.write` makes the exact merge from the original checkpoints instead.
+
+        Raises:
+            UserError: the module is spread over processes, and none holds it.
         """
+        if self._projection is not None:
+            raise UserError(
+                f"{folder}: the model is spread over processes; save it with twa_merge.write(soup, "
+                "model.mixing_weights(), folder)"
+            )
         restore_dropout(self._dropout)  # the rates stand in the config that is saved
         try:
             with self.materialized() as module:
@@ -214,7 +256,7 @@ class MergedModel(nn.Module):
         self.twa_coefficients.data = self.twa_coefficients.data.float()
         self.module._apply(fn, recurse)
         self.basis.to(self.twa_coefficients.device)
-        _hide(self, _combined=None)
+        _hide(self, _combined=None, _placed=None)
         return self
 
 

@@ -8,9 +8,10 @@ length, a JSON header, and the raw tensors one after another.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,11 +49,44 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        return _numel(self.shape)
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some elements of a flat tensor: `runs` runs of `run` elements, `period` apart, the first at `offset`."""
+
+    runs: int
+    run: int
+    period: int
+    offset: int
+
+    @classmethod
+    def whole(cls, numel: int) -> Window:
+        """Return the window that is all of a tensor."""
+        return cls(1, numel, numel, 0)
+
+    @classmethod
+    def slice(cls, shape: tuple[int, ...], dim: int, start: int, length: int) -> Window:
+        """Return the window of `tensor.narrow(dim, start, length)`."""
+        inner = math.prod(shape[dim + 1 :])
+        return cls(math.prod(shape[:dim]), length * inner, shape[dim] * inner, start * inner)
+
+    @property
+    def numel(self) -> int:
+        return self.runs * self.run
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield (position in the tensor, elements) of the window's elements `first .. first + count`, in order."""
+        while count > 0:
+            number, into = divmod(first, self.run)
+            size = min(count, self.run - into)
+            yield self.offset + number * self.period + into, size
+            first, count = first + size, count - size
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -87,13 +121,6 @@ def read_header(path: Path) -> dict[str, Entry]:
             "download or save it again"
         )
     return entries
-
-
-def _numel(shape: Iterable[int]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
 
 
 def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
@@ -141,15 +168,22 @@ class RangeReader:
         for file in self._files.values():
             file.close()
 
-    def read(self, entry: Entry, first: int, count: int) -> Tensor:
-        """Return elements `first .. first + count`, flat, in a buffer that the next call overwrites."""
+    def read(self, entry: Entry, first: int, count: int, window: Window | None = None) -> Tensor:
+        """Return elements `first .. first + count`, flat, in a buffer that the next call overwrites.
+
+        Args:
+            window: count elements in this part of the tensor.
+        """
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb", buffering=0)
         nbytes = count * entry.dtype.itemsize
         if len(self._raw) < nbytes:
             self._raw = torch.empty(nbytes, dtype=torch.uint8)
         out = self._raw[:nbytes].view(entry.dtype)
-        read_range(self._files[entry.file], entry, first, out)
+        done = 0
+        for position, size in (window or Window.whole(entry.numel)).pieces(first, count):
+            read_range(self._files[entry.file], entry, position, out[done : done + size])
+            done += size
         return out
 
 
@@ -173,7 +207,7 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in tensors.items():
-            size = _numel(shape) * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
             end += size
         raw = json.dumps(header, separators=(",", ":")).encode()

@@ -1,0 +1,146 @@
+"""Products straight from the files: both, in place, of a part of a tensor, in any dtype, and from a soup that learns."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import twa_merge as twa
+from tests import factory
+from tests.test_model import BATCHES
+from twa_merge import mixing, originals
+from twa_merge.originals import MappedFiles, OriginalBlock, in_order
+from twa_merge.tensorfile import Window, read_header
+
+N = 4
+
+
+def made(folder, shape, dtype=torch.float32, *, odd=False, window=None, count=1):
+    """Return blocks of tensors in N files, and (N, ...) their values."""
+    files, stacks = [], []
+    for k in range(N):
+        generator = torch.Generator().manual_seed(k)
+        tensors = {f"t{i}": torch.randn(shape, generator=generator).to(dtype) for i in range(count)}
+        if odd:  # one byte first: nothing after it is aligned
+            tensors["a"] = torch.zeros(1, dtype=torch.uint8)
+        save_file(tensors, folder / f"{k}.safetensors")
+        files.append(read_header(folder / f"{k}.safetensors"))
+        stacks.append(tensors)
+    maps = MappedFiles()
+    blocks = [
+        OriginalBlock([f[f"t{i}"] for f in files], window or Window.whole(stacks[0]["t0"].numel()), maps)
+        for i in range(count)
+    ]
+    in_order(blocks)
+    return blocks, [torch.stack([s[f"t{i}"] for s in stacks]).double() for i in range(count)]
+
+
+@pytest.mark.parametrize("tile", [1 << 18, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_both_products(tmp_path, monkeypatch, dtype, tile):
+    monkeypatch.setattr(originals, "_TILE", tile)
+    monkeypatch.setattr(originals, "_AHEAD", 3 * tile)
+    (first, second), values = made(tmp_path, (5, 13), dtype, count=2)
+    weights = torch.tensor([0.5, 0.0, 0.8, -0.3], dtype=torch.float64)
+    grad = torch.randn(5, 13)
+    for block, held in zip((first, second), values, strict=True):
+        expected = torch.einsum("n,nij->ij", weights, held)
+        for out_dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+            out = torch.full((5, 13), torch.nan, dtype=out_dtype)
+            block.combine(weights, out)
+            torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+        strided = torch.full((13, 5), torch.nan).t()
+        block.combine(weights, strided)
+        torch.testing.assert_close(strided.double(), expected, rtol=1e-6, atol=1e-6)
+        deltas = held - held.mean(dim=0)
+        products = torch.einsum("ij,nij->n", grad.double(), deltas)
+        torch.testing.assert_close(block.project(grad).double(), products, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_that_is_not_aligned(tmp_path):
+    (block,), (held,) = made(tmp_path, (40,), odd=True)
+    out = torch.empty(40)
+    block.combine(torch.full((N,), 0.25), out)
+    torch.testing.assert_close(out.double(), held.mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dim", "start", "length"), [(0, 1, 3), (1, 4, 6), (2, 0, 1), (1, 2, 0)])
+def test_a_part_of_a_tensor(tmp_path, monkeypatch, dim, start, length):
+    monkeypatch.setattr(originals, "_TILE", 5)
+    monkeypatch.setattr(originals, "_AHEAD", 10)
+    window = Window.slice((4, 10, 3), dim, start, length)
+    (block,), (held,) = made(tmp_path, (4, 10, 3), window=window)
+    part = held.narrow(dim + 1, start, length)
+    assert window.numel == part[0].numel()
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    out = torch.full(part.shape[1:], torch.nan)
+    block.combine(weights, out)
+    torch.testing.assert_close(out.double(), torch.einsum("n,nijk->ijk", weights, part), rtol=1e-6, atol=1e-6)
+    grad = torch.randn(part.shape[1:])
+    products = torch.einsum("ijk,nijk->n", grad.double(), part - part.mean(dim=0))
+    torch.testing.assert_close(block.project(grad).double(), products, rtol=1e-4, atol=1e-5)
+
+
+def test_a_greedy_soup_reads_only_what_it_adds_or_takes_away(tmp_path, monkeypatch):
+    (block,), (held,) = made(tmp_path, (100,))
+    read = []
+    piece = OriginalBlock._piece
+    monkeypatch.setattr(OriginalBlock, "_piece", lambda self, k, *rest: read.append(k) or piece(self, k, *rest))
+    labels = tuple("abcd")
+    steps = [([2], [2]), ([2, 0], [0]), ([2, 0, 1], [1]), ([2, 0, 3], [1, 3]), ([2, 0, 3], []), ([1], [1])]
+    out, before = torch.empty(100), None
+    for chosen, expected in steps:
+        read.clear()
+        row = mixing.subset(chosen, labels).row("any")
+        block.combine(row, out) if before is None else block.update(before, row, out)
+        assert sorted(read) == expected, chosen
+        torch.testing.assert_close(out.double(), held[chosen].mean(dim=0), rtol=1e-6, atol=1e-6)
+        before = row
+
+
+def test_updates_in_place_do_not_drift(tmp_path):
+    (block,), (held,) = made(tmp_path, (100,))
+    rows = [mixing.subset(chosen, tuple("abcd")).row("any") for chosen in ([0, 1], [0, 1, 2], [0, 1, 3])]
+    out = torch.empty(100)
+    block.combine(rows[0], out)
+    for turn in range(300):
+        block.update(rows[turn % 3], rows[(turn + 1) % 3], out)
+    torch.testing.assert_close(out.double(), held[:2].mean(dim=0), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("storage", ["int4", "disk"])
+@pytest.mark.parametrize("kind", ["gpt2", "vit", "t5"])
+def test_tables_are_put_in_place_exactly(tmp_path, kind, storage):
+    """Whatever the storage that learns: a table's weights are those that are written."""
+    soup = twa.Soup(factory.make_soup(kind, tmp_path))
+    model = twa.merged_model(soup, storage=storage)
+    reference = twa.merged_model(soup, storage="float32")
+    labels = soup.labels
+    tables = [
+        mixing.one_hot(0, labels),
+        mixing.subset([0, 1], labels),
+        mixing.uniform(labels),
+        mixing.one_hot(1, labels),
+    ]
+    for table in tables:
+        with model.materialized(table) as module, reference.materialized(table) as expected:
+            for (name, found), wanted in zip(module.named_parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=name)
+    with torch.no_grad(), model.materialized() as module:  # back to what learns
+        at_start = module(**BATCHES[kind]).loss
+    torch.testing.assert_close(model(**BATCHES[kind]).loss, at_start)
+
+
+def test_disk_learns_as_memory_does(tmp_path):
+    soup = twa.Soup(factory.make_soup("gpt2", tmp_path))
+    found = {}
+    for storage in ("float32", "disk"):
+        model = twa.merged_model(soup, granularity="layer", storage=storage)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            model(**BATCHES["gpt2"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[storage] = model.twa_coefficients.detach().clone()
+        assert storage != "disk" or model.basis.nbytes == 0
+    assert found["disk"].abs().max() > 1e-4
+    torch.testing.assert_close(found["disk"], found["float32"], rtol=1e-3, atol=1e-6)

@@ -1,0 +1,178 @@
+"""Checkpoints as they lie on disk, memory-mapped, in place of deltas in memory.
+
+Nothing of size N x D is held: both products stream the files, with the next pieces read ahead. That is storage `disk`,
+and how tables are scored exactly while a basis in few bits learns.
+
+Legend: N checkpoints, D_t elements of the parameter that are held here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twa_merge.tensorfile import Entry, Window
+
+_TILE = 1 << 18
+"""Elements that are summed at a time: their total stays in the cache."""
+_AHEAD = 8 * _TILE
+"""Elements of each checkpoint that are read ahead."""
+_MAX_UPDATES = 32
+"""Updates in place before the sum is made anew, so that roundings do not add up."""
+
+
+class MappedFiles:
+    """Memory maps of files, each made once."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
+
+    def view(self, entry: Entry, position: int, count: int) -> Tensor:
+        """Return elements `position ..` of a tensor, flat, not copied; not to be written to."""
+        size = entry.dtype.itemsize
+        first = entry.start + position * size
+        raw = self._map(entry.file)[1][first : first + count * size]
+        return raw.view(entry.dtype) if first % size == 0 else raw.clone().view(entry.dtype)
+
+    def read_ahead(self, entry: Entry, position: int, count: int) -> None:
+        """Ask the system to read elements `position ..` in the background, where it can be asked."""
+        mapped = self._map(entry.file)[0]
+        if count > 0 and hasattr(mmap, "MADV_WILLNEED"):
+            first = entry.start + position * entry.dtype.itemsize
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, first - page + count * entry.dtype.itemsize)
+
+    def _map(self, path: Path) -> tuple[mmap.mmap, Tensor]:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                self._maps[path] = mapped, torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8))
+        return self._maps[path]
+
+
+class OriginalBlock:
+    """One parameter of every checkpoint, in its file.
+
+    Args:
+        entries: the parameter in each of N checkpoints.
+        window: the part of it that this process deals with.
+        files: shared by all blocks.
+    """
+
+    nbytes = 0
+
+    def __init__(self, entries: Sequence[Entry], window: Window, files: MappedFiles) -> None:
+        self.entries, self.window, self.files = entries, window, files
+        self.before: OriginalBlock | None = None
+        self.after: OriginalBlock | None = None
+        self._updates = 0
+
+    def put(self, first: int, deltas: Tensor, centre: Tensor) -> None:
+        """Do nothing: the files hold it."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Do nothing: pieces are moved to where they are used."""
+
+    @torch.no_grad()
+    def combine(self, weights_N: Tensor, out: Tensor) -> None:
+        """Write `sum_k w_k theta_k` into `out`, of the parameter's shape and any float dtype."""
+        self._updates = 0
+        self._add(0.0, _nonzero(weights_N), out)
+
+    @torch.no_grad()
+    def update(self, before_N: Tensor, weights_N: Tensor, out: Tensor) -> None:
+        """Do what `combine` does, where `out` holds the sum with weights `before_N`: only what changed is read.
+
+        A greedy soup that grows by one checkpoint reads one.
+        """
+        scale, changes = _change(before_N, weights_N)
+        whole = _nonzero(weights_N)
+        if out.dtype != torch.float32 or self._updates >= _MAX_UPDATES or len(changes) >= len(whole):
+            return self.combine(weights_N, out)
+        self._updates += 1
+        if changes or scale != 1:
+            self._add(scale, changes, out)
+        return None
+
+    @torch.no_grad()
+    def project(self, grad: Tensor) -> Tensor:
+        """Return the (N,) inner products of the parameter's gradient with the deltas: with checkpoints, less their mean."""
+        flat = grad.reshape(-1)
+        total = torch.zeros(len(self.entries), dtype=torch.float64)
+        for first, position, count in self._tiles(range(len(self.entries)), self.before):
+            part = flat[first : first + count].float()
+            products = [torch.dot(self._piece(k, position, count, part), part) for k in range(len(self.entries))]
+            total += torch.stack(products).double().cpu()
+        return (total - total.mean()).to(grad.device, torch.float32)
+
+    def _add(self, scale: float, weights: dict[int, float], out: Tensor) -> None:
+        """Write `scale * out + sum_k w_k theta_k` into `out`."""
+        direct = out.dtype == torch.float32 and out.is_contiguous()
+        flat = out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype, device=out.device)
+        for first, position, count in self._tiles(weights, self.after):
+            where = flat[first : first + count]
+            total = where if direct else torch.empty(count, dtype=torch.float32, device=out.device)
+            total.zero_() if scale == 0 else total.mul_(scale)
+            for k, weight in weights.items():
+                total.add_(self._piece(k, position, count, total), alpha=weight)
+            if not direct:
+                where.copy_(total)
+        if not out.is_contiguous():
+            out.copy_(flat.view(out.shape))
+
+    def _piece(self, k: int, position: int, count: int, like: Tensor) -> Tensor:
+        return self.files.view(self.entries[k], position, count).to(like.device, torch.float32)
+
+    def _tiles(
+        self, members: Sequence[int] | dict[int, float], following: OriginalBlock | None
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield (first element of the window, position in the tensor, elements), with what comes next read ahead."""
+        first = 0
+        for start in range(0, self.window.numel, _AHEAD):
+            block: OriginalBlock | None = self
+            ahead = start + _AHEAD
+            if ahead >= self.window.numel:
+                block, ahead = following, 0
+            if block is not None:
+                block._read_ahead(members, ahead)
+            for first in range(start, min(start + _AHEAD, self.window.numel), _TILE):
+                size = min(_TILE, self.window.numel - first)
+                done = first
+                for position, count in self.window.pieces(first, size):
+                    yield done, position, count
+                    done += count
+
+    def _read_ahead(self, members: Sequence[int] | dict[int, float], first: int) -> None:
+        for position, count in self.window.pieces(first, min(_AHEAD, self.window.numel - first)):
+            for k in members:
+                self.files.read_ahead(self.entries[k], position, count)
+
+
+def in_order(blocks: Sequence[OriginalBlock]) -> None:
+    """Tell blocks what a forward pass needs after them, and a backward pass before."""
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        before.after, after.before = after, before
+
+
+def _nonzero(weights_N: Tensor) -> dict[int, float]:
+    return {k: w for k, w in enumerate(weights_N.tolist()) if w != 0}
+
+
+def _change(before_N: Tensor, weights_N: Tensor) -> tuple[float, dict[int, float]]:
+    """Return (scale, change) with `weights = scale * before + change` and as few checkpoints in the change as can be."""
+    held = before_N != 0
+    ratios = (weights_N[held] / before_N[held]).tolist()
+    choices = []
+    for scale in {1.0, max(ratios, key=ratios.count)}:
+        change = weights_N - scale * before_N
+        change[change.abs() <= 1e-12] = 0  # rounding of the ratio
+        choices.append((scale, _nonzero(change)))
+    return min(choices, key=lambda choice: len(choice[1]))

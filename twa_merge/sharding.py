@@ -1,0 +1,184 @@
+"""Models, and with them bases, whose parameters are spread over processes: torch's `fully_shard` does the exchange.
+
+Each process holds a part of every parameter: it combines that part, `fully_shard` gathers a layer's weights where they
+are used and scatters the sum of their gradients, and the part that comes back is projected where it lies. What is left
+to exchange are the products, `G x N` numbers. Paper: arXiv 2205.13104, sec. 3.4, splits checkpoints instead, which
+moves twice as many bytes and is uneven where K does not divide N.
+
+Legend: K processes, G groups, N checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twa_merge.tensorfile import Window
+
+_EVEN = 1.01
+"""A shard this much larger than the average is as good as even."""
+
+
+def shard(module: nn.Module, mesh: Any, *, layers: bool) -> None:
+    """Spread a module's parameters over the processes of a one-dimensional device mesh.
+
+    Args:
+        module: on one device, or on `meta` and filled later.
+        layers: free a layer's weights after its forward pass and gather them again for its backward pass, so that no
+            process ever holds all of them; otherwise they stay from the forward to the backward pass.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": {p for p in module.parameters() if p.dim() == 0},  # fully_shard takes no scalars
+        "shard_placement_fn": functools.partial(_placement, size=mesh.size()),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    for layer in layers_of(module):
+        fully_shard(layer, reshard_after_forward=layers, **options)
+    fully_shard(module, reshard_after_forward=layers, **options)
+    # transformers' `generate` then keeps all processes at it until the last one has finished
+    module._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the items of the outermost lists of modules: the layers, of any architecture."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            found += [item for item in child if any(True for _ in item.parameters())]
+        else:
+            found += layers_of(child)
+    return found
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold parts of the module's parameters."""
+    return any(_is_dtensor(parameter) for parameter in module.parameters())
+
+
+def window_of(parameter: Tensor) -> Window:
+    """Return which elements of a parameter this process holds."""
+    if not _is_dtensor(parameter):
+        return Window.whole(parameter.numel())
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    dim = parameter.placements[0].dim
+    return Window.slice(tuple(parameter.shape), dim, offset[dim] if shape[dim] else 0, shape[dim])
+
+
+def share_of(parameter: Tensor, module: nn.Module) -> float:
+    """Return what a sum over processes must count a parameter's part with: one that all hold, 1 / K."""
+    if _is_dtensor(parameter):
+        return 1.0
+    sharded = next((p for p in module.parameters() if _is_dtensor(p)), None)
+    return 1.0 if sharded is None else 1 / int(sharded.device_mesh.size())
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """Return the elements of a parameter that this process holds, detached, sharing memory."""
+    # detach, not .data: the write then counts for graphs that are still open, and they raise
+    part: Tensor = parameter.detach()
+    return part.to_local() if _is_dtensor(parameter) else part  # type: ignore[operator]
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Drop weights that were gathered earlier: the parts are about to change."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.reshard()
+
+
+def sum_over_processes(values: Tensor, module: nn.Module) -> None:
+    """Add up a tensor, in place, over the processes that a module is spread over."""
+    sharded = next((p for p in module.parameters() if _is_dtensor(p)), None)
+    if sharded is None:
+        return
+    mesh = sharded.device_mesh
+    moved = values.to(mesh.device_type)
+    torch.distributed.all_reduce(moved, group=mesh.get_group())
+    values.copy_(moved)
+
+
+class ShardedProjection:
+    """Turns the gradients of a sharded module's parameters into that of the coefficients, as each of them arrives.
+
+    Args:
+        module: sharded by `shard`.
+        coefficients: whose `grad` is added to at the end of every backward pass, averaged over processes as by DDP.
+        learnable: names of parameters with a direction.
+        project: (name, this process's part of the gradient) -> the gradient of all coefficients.
+    """
+
+    def __init__(
+        self, module: nn.Module, coefficients: Tensor, learnable: set[str], project: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        self._module, self._coefficients, self._project = module, coefficients, project
+        self._total: Tensor | None = None
+        self._handles = []
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in learnable)
+            if name in learnable:
+                hook = functools.partial(self._take, name)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def forget(self) -> None:
+        """Drop what a backward pass that failed has left."""
+        self._total = None
+
+    def remove(self) -> None:
+        """Make the module's gradients plain again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _take(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        grad = parameter.grad
+        products = self._project(name, grad.to_local() if _is_dtensor(grad) else grad)  # type: ignore[operator]
+        products *= share_of(parameter, self._module)
+        parameter.grad = None
+        if self._total is None:
+            self._total = products
+            # after fully_shard's own callback, which hands in the last gradients
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+        else:
+            self._total += products
+
+    def _finish(self) -> None:
+        assert self._total is not None
+        total, self._total = self._total, None
+        sum_over_processes(total, self._module)
+        grad = self._coefficients.grad
+        self._coefficients.grad = total if grad is None else grad + total
+
+
+def _placement(parameter: nn.Parameter, *, size: int) -> Any:
+    """Return the dimension to split: the first, or another where that is much more even (experts fewer than processes)."""
+    from torch.distributed.tensor import Shard
+
+    if -(-parameter.shape[0] // size) * size <= _EVEN * parameter.shape[0]:
+        return Shard(0)
+    return Shard(next((dim for dim, extent in enumerate(parameter.shape) if extent % size == 0), 0))
+
+
+def _is_dtensor(parameter: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter's name and the part that this process holds."""
+    for name, parameter in module.named_parameters():
+        yield name, own_part(parameter)
