@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def peak_of_steps(storage: str, num_checkpoints: int) -> None:
-    """Take plain steps, or steps of coefficients with a storage, and print the process's peak in bytes and the sizes of D and the basis."""
+    """Take plain steps, or steps of coefficients, and print the peak in bytes and the sizes of D and the basis."""
     import torch
     from step import random_basis, vit_b32
 
@@ -69,8 +69,8 @@ def main() -> None:
             found = measured(storage, count)
             allowed, extra = found["basis_and_centre"], found["peak"] - plain["peak"]
             print(
-                f"N={count:2d} {storage:8s}: {found['peak'] / 2**20:.0f} MiB, extra {extra / 2**20:.0f} MiB, over basis + "
-                f"centre ({allowed / 2**20:.0f} MiB): {(extra - allowed) / plain['D']:+.2f} D; basis "
+                f"N={count:2d} {storage:8s}: {found['peak'] / 2**20:.0f} MiB, extra {extra / 2**20:.0f} MiB, over "
+                f"basis + centre ({allowed / 2**20:.0f} MiB): {(extra - allowed) / plain['D']:+.2f} D; basis "
                 f"{allowed / plain['D'] - 1:.2f} D = {(allowed / plain['D'] - 1) * 4 / count:.3f} bytes an element",
                 flush=True,
             )

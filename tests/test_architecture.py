@@ -45,7 +45,22 @@ def test_the_writer_knows_nothing_of_learning():
     assert "accelerate" not in imports("writer")
 
 
-@pytest.mark.parametrize("module", ["basis", "model", "mixing", "groups", "tensorfile", "dropout", "buffers", "links"])
+CORE = [
+    "basis",
+    "blocks",
+    "buffers",
+    "dropout",
+    "groups",
+    "kernels",
+    "links",
+    "mixing",
+    "model",
+    "originals",
+    "quantize",
+]
+
+
+@pytest.mark.parametrize("module", [*CORE, "sharding", "storage", "tensorfile"])
 def test_the_core_needs_torch_alone(module):
     assert not imports(module) & HEAVY
 

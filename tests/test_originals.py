@@ -1,4 +1,4 @@
-"""Products straight from the files: both, in place, of a part of a tensor, in any dtype, and from a soup that learns."""
+"""Products straight from the files: both, in place, of a part of a tensor, in any dtype, while a soup learns."""
 
 import pytest
 import torch

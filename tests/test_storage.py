@@ -6,11 +6,11 @@ import torch
 import twa_merge as twa
 from tests import factory
 from tests.test_model import BATCHES
-from twa_merge.errors import UserError
 from twa_merge import kernels
+from twa_merge.blocks import TILE, FloatBlock, TiledBlock
+from twa_merge.errors import UserError
 from twa_merge.kernels import Kernels
 from twa_merge.quantize import BLOCK, dequantize, quantize
-from twa_merge.blocks import TILE, FloatBlock, TiledBlock
 from twa_merge.storage import BITS, STORAGES, bytes_of, choose_storage
 
 

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twa_merge import buffers
+from twa_merge import buffers, sharding
 from twa_merge.basis import build_basis, mergeable_parameters
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.groups import group_parameters
+from twa_merge.memory import free_memory
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.recipe import Recipe
-from twa_merge.storage import choose_storage, free_memory
+from twa_merge.sharding import SHARDS
+from twa_merge.storage import choose_storage
 from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def merged_model(
     start: MixingWeights | None = None,
     dtype: str = "float32",
     storage: str = "auto",
+    shard: str = "none",
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> MergedModel:
@@ -52,24 +55,49 @@ def merged_model(
         coordinates: `relative` or `normalized`.
         start: mixing weights to start from, default uniform.
         dtype: of the module, when it is loaded here.
-        storage: of the deltas while learning: `float32`, `bfloat16`, `int8`, `int4`, or `auto`, the most exact of
-            them that takes at most half of the free memory.
-        device: where the basis will be, for `auto`; move the model there.
+        storage: of the deltas while learning: `float32`, `bfloat16`, `int8`, `int4`, `disk` (nothing in memory), or
+            `auto`, the most exact of them that takes at most half of the free memory.
+        shard: with several processes (`torch.distributed` initialised), what they share instead of each holding all
+            of it: `none`, `basis`, or `model`, whose weights are then gathered a layer at a time.
+        device: where the basis will be, for `auto`; move the model there. Of a sharded model, where it is put.
+        progress: show a bar while the checkpoints are read.
     """
+    check_shard(shard)
+    device = torch.device(device)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    spread = shard != "none" and world > 1
     if module is None:
         with _standard_names(soup) as folder:
-            module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype)
+            module = load_module(task or guess_task(architectures(folder)), folder, dtype=dtype, empty=spread)
+    if spread:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        sharding.shard(module, init_device_mesh(device.type, (world,)), layers=shard == "model")
+        sharding.make_room(module, device)
     if storage == "auto":
-        storage, _ = storage_for(soup, free_memory(torch.device(device)))
+        storage, _ = storage_for(soup, free_memory(device), processes=world if spread else 1)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, storage=storage, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
 
 
-def storage_for(soup: Soup, free: int) -> tuple[str, str]:
-    """Return the storage that `auto` means for a soup with so many bytes free, and a line that says why."""
-    return choose_storage(len(soup), sum(t.entries[0].numel for t in soup.tensors if t.is_float), free)
+def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]:
+    """Return the storage that `auto` means for a soup, and a line that says why.
+
+    Args:
+        soup: the checkpoints.
+        free: bytes of free memory for each process.
+        processes: that share a basis.
+    """
+    numel = sum(tensor.entries[0].numel for tensor in soup.tensors if tensor.is_float)
+    return choose_storage(len(soup), -(-numel // processes), free)
+
+
+def check_shard(shard: str) -> None:
+    """Raise unless this is something to shard."""
+    if shard not in SHARDS:
+        raise UserError(f"shard: expected {', '.join(SHARDS[:-1])} or {SHARDS[-1]}, got {shard!r}")
 
 
 @contextlib.contextmanager

@@ -112,6 +112,7 @@ def build_basis(
     check_storage(storage)
     parameters = mergeable_parameters(soup, module)
     windows = {name: sharding.window_of(parameter) for name, parameter in parameters.items()}
+    shares = sharding.shares_of(module)
     tensors = {name: _tensor_of(soup, name, parameter) for name, parameter in parameters.items()}
     files = MappedFiles()
     originals = {name: OriginalBlock(tensors[name].entries, window, files) for name, window in windows.items()}
@@ -128,8 +129,7 @@ def build_basis(
             if make is not None:
                 blocks[name] = make(window.numel)
             for first, values in reader.tiles(tensors[name], window):
-                share = sharding.share_of(parameters[name], module)
-                squares[row_of[name]] += share * _put(blocks[name], first, values)
+                squares[row_of[name]] += shares[name] * _put(blocks[name], first, values)
                 bar(sum(entry.dtype.itemsize for entry in tensors[name].entries) * values.shape[1])
     sharding.sum_over_processes(squares, module)
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
@@ -196,9 +196,8 @@ class _Reader:
             def read(k: int, first: int = first, values: Tensor = values) -> None:
                 values[k] = self._readers[k].read(tensor.entries[k], first, values.shape[1], window)
                 if not torch.isfinite(values[k].sum()) and not torch.isfinite(values[k]).all():
-                    raise UserError(
-                        f"{self._soup.labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out"
-                    )
+                    label = self._soup.labels[k]
+                    raise UserError(f"{label}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out")
 
             list(self._pool.map(read, range(len(self._readers))))
             yield first, values

@@ -145,6 +145,7 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", help="of the deltas: float32, bfloat16, int8, int4, disk (default auto, by memory)"
     )
+    parser.add_argument("--shard", help="what several processes share: none, basis or model (default none)")
     parser.add_argument("--start", help="uniform, greedy or best (default uniform)")
     parser.add_argument("--lr", type=float, help="of AdamW, with warm-up and cosine (default 0.03)")
     parser.add_argument("--epochs", type=float, help="over the fit part, at least 100 steps (default 5)")

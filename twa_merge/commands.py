@@ -200,6 +200,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "granularity",
         "coordinates",
         "storage",
+        "shard",
         "start",
         "lr",
         "epochs",

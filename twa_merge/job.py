@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from twa_merge import buffers, league
@@ -27,12 +29,13 @@ from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
 from twa_merge.job_data import content_digest, open_job_data
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
+from twa_merge.memory import OutOfMemory, drop_cached, free_memory, is_out_of_memory, say
 from twa_merge.mixing import MixingWeights
 from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.sources import require_order
-from twa_merge.storage import free_memory
+from twa_merge.storage import next_smaller
 from twa_merge.tasks import Task
 from twa_merge.training import Learned
 from twa_merge.writer import shard_bytes, write
@@ -59,6 +62,10 @@ class Result:
     output: Path | None
     task: str
     """Its name."""
+    storage: str
+    """Of the deltas that were learned on."""
+    select_loss_while_learning: float
+    """Of the learned merge, on those deltas; the league's is that of the exact merge."""
 
 
 class Job:
@@ -96,14 +103,13 @@ class Job:
         if not self.resume and self.accelerator.is_main_process:
             self.state.drop()  # also the folds of an earlier run that this one may not reach
         self.accelerator.wait_for_everyone()
-        learner = self.make_learner()
         try:
-            learned = self.stage("learning", learner.run)
+            learned = self.stage("learning", self.learn)
         except UserError:
             if not self.resume:  # this run's own state is of no use: only other settings will help
                 self.state.drop()
             raise
-        candidate, best_step = self.stage("scoring", lambda: learner.candidate(learned))
+        candidate, best_step = self.stage("scoring", lambda: self.make_learner().candidate(learned))
         candidates.append(candidate)
         verdict = league.choose(candidates, self.recipe.margin)
         if self.data.test is not None:
@@ -121,10 +127,17 @@ class Job:
             peak_memory_mb=self.peak_memory_mb,
             output=self.output,
             task=self.task.name,
+            storage=self.model.basis.storage,
+            select_loss_while_learning=self._loss_while_learning(learned, best_step),
         )
         if self.output is not None:
             self.stage("writing", lambda: self.write(result))
         return result
+
+    def _loss_while_learning(self, learned: list[Learned], best_step: int) -> float:
+        sizes = [len(part) for _, part in self.data.folds]
+        losses = [next(row["select_loss"] for row in run.curve if row["step"] == best_step) for run in learned]
+        return float(np.average(losses, weights=sizes))
 
     def stage(self, name: str, do: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -151,23 +164,63 @@ class Job:
             self.task = make_task(self.recipe, self.soup)
         self.data = open_job_data(self.recipe, self.splits, self.task, holds_features=holds_features, divide=divide)
 
-    def build_model(self) -> None:
-        learn_config = self.recipe.learn
+    def build_model(self, storage: str | None = None) -> None:
+        """Put model and basis together, in a smaller storage than asked for if memory runs out.
+
+        Args:
+            storage: in place of the recipe's.
+        """
         if self.module is None and self.recipe.data.preprocess is not None:
             self.module = load_architecture(config_folder(self.soup))
-        self.model = merged_model(
-            self.soup,
-            self.module,
-            task=self.recipe.task,
-            granularity=learn_config.granularity,
-            coordinates=learn_config.coordinates,
-            dtype=self.recipe.dtype,
-            storage=self.choose_storage(),
-            progress=self.progress and self.accelerator.is_main_process,
-        ).to(self.accelerator.device)
-        if learn_config.gradient_checkpointing:
+        storage = storage or self.choose_storage()
+        while True:
+            if self._build(storage):
+                break
+            storage = self.smaller_storage(storage, "")
+        if self.recipe.learn.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.scorer = self.make_scorer()
+
+    def _build(self, storage: str) -> bool:
+        """Return whether model and basis fit in every process."""
+        learn_config, world = self.recipe.learn, self.accelerator.num_processes
+        failed = False
+        try:
+            self.model = merged_model(
+                self.soup,
+                self.module,
+                task=self.recipe.task,
+                granularity=learn_config.granularity,
+                coordinates=learn_config.coordinates,
+                dtype=self.recipe.dtype,
+                storage=storage,
+                shard=learn_config.shard,
+                device=self.accelerator.device,
+                progress=self.progress and self.accelerator.is_main_process,
+            ).to(self.accelerator.device)
+        except Exception as error:
+            if not is_out_of_memory(error) or (learn_config.shard != "none" and world > 1):
+                raise  # the others are waiting inside
+            failed = True
+        if failed:
+            drop_cached()
+        told = torch.tensor(float(failed), device=self.accelerator.device)
+        return float(self.accelerator.reduce(told, reduction="sum")) == 0
+
+    def smaller_storage(self, storage: str, advice: str) -> str:
+        """Return the next smaller storage, and say that it is taken.
+
+        Raises:
+            OutOfMemory: there is none.
+        """
+        smaller = next_smaller(storage)
+        if smaller is None:
+            raise OutOfMemory(advice or f"out of memory with storage {storage}: the model itself does not fit here")
+        say(
+            f"out of memory with storage {storage}: going on with {smaller}",
+            main_process=self.accelerator.is_main_process,
+        )
+        return smaller
 
     def choose_storage(self) -> str:
         """Return the recipe's storage, or for `auto` the one that fits in every process."""
@@ -179,9 +232,10 @@ class Job:
         free = free_memory(device)
         if world > 1:  # processes share the memory of a CPU
             free = min(gather_object([free])) // (world if device.type == "cpu" else 1)
-        storage, line = storage_for(self.soup, free)
-        if self.progress and self.accelerator.is_main_process:
-            print(line, file=sys.stderr)
+        sharing = world if self.recipe.learn.shard != "none" else 1
+        storage, line = storage_for(self.soup, free, processes=sharing)
+        if self.progress:
+            say(line, main_process=self.accelerator.is_main_process)
         return storage
 
     def make_scorer(self) -> Scorer:
@@ -216,6 +270,18 @@ class Job:
         for warning in self.warnings if self.accelerator.is_main_process else ():
             print(f"warning: {warning}", file=sys.stderr)
         return candidates
+
+    def learn(self) -> list[Learned]:
+        """Learn on every fold; where not even single samples fit beside the basis, go on with a smaller one."""
+        while True:
+            try:
+                return self.make_learner().run()
+            except OutOfMemory as error:
+                storage = self.smaller_storage(self.model.basis.storage, str(error))
+            self.model.merge_and_unload()  # a module of the user's must be as it was
+            del self.model, self.scorer.model
+            drop_cached()
+            self.stage("basis", functools.partial(self.build_model, storage))
 
     def make_learner(self) -> FoldLearner:
         assert self.task is not None

@@ -21,6 +21,9 @@ class LearnConfig:
     """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
     storage: str = "auto"
     """Of the deltas: `float32`, `bfloat16`, `int8`, `int4`, `disk`, or `auto`, the most exact that fits."""
+    shard: str = "none"
+    """What several processes share, instead of each holding all of it: `none`, `basis`, or `model`, whose weights are
+    then gathered a layer at a time."""
     start: str = "uniform"
     """Where coefficients start: `uniform`, `greedy` or `best`."""
     lr: float = 0.03
@@ -58,6 +61,7 @@ class LearnConfig:
             raise UserError(f"learn.epochs: expected a number above 0, got {self.epochs}")
         choices = {
             "storage": ("auto", "float32", "bfloat16", "int8", "int4", "disk"),
+            "shard": ("none", "basis", "model"),
             "coordinates": ("relative", "normalized"),
             "start": ("uniform", "greedy", "best"),
             "mixed_precision": ("no", "bf16"),

@@ -89,6 +89,11 @@ class MergedModel(nn.Module):
         self.__class__ = _with_signature_of(type(self), module)
         self.start_from(start)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the module."""
+        return self._projection is not None
+
     # --- coefficients -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -147,7 +152,7 @@ class MergedModel(nn.Module):
 
     def _parts(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every merged parameter, or the part of it that this process holds."""
-        if self._projection is not None:
+        if self.is_sharded:
             sharding.free_gathered(self.module)
         for name, part in sharding.named_parts(self.module):
             if name in self.basis.blocks:

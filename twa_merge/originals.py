@@ -8,6 +8,7 @@ Legend: N checkpoints, D_t elements of the parameter that are held here.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,7 @@ class OriginalBlock:
 
     @torch.no_grad()
     def project(self, grad: Tensor) -> Tensor:
-        """Return the (N,) inner products of the parameter's gradient with the deltas: with checkpoints, less their mean."""
+        """Return the (N,) inner products of the gradient with the deltas: those with checkpoints, less their mean."""
         flat = grad.reshape(-1)
         total = torch.zeros(len(self.entries), dtype=torch.float64)
         for first, position, count in self._tiles(range(len(self.entries)), self.before):
@@ -158,7 +159,7 @@ class OriginalBlock:
 
 def in_order(blocks: Sequence[OriginalBlock]) -> None:
     """Tell blocks what a forward pass needs after them, and a backward pass before."""
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in itertools.pairwise(blocks):
         before.after, after.before = after, before
 
 
@@ -167,7 +168,7 @@ def _nonzero(weights_N: Tensor) -> dict[int, float]:
 
 
 def _change(before_N: Tensor, weights_N: Tensor) -> tuple[float, dict[int, float]]:
-    """Return (scale, change) with `weights = scale * before + change` and as few checkpoints in the change as can be."""
+    """Return (scale, change) with `weights = scale * before + change`, and few checkpoints in the change."""
     held = before_N != 0
     ratios = (weights_N[held] / before_N[held]).tolist()
     choices = []

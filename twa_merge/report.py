@@ -75,6 +75,11 @@ def summary(result: Result) -> dict[str, Any]:
         "league": [_candidate(c, baseline) for c in result.league],
         "curves": [[{k: finite(v) for k, v in row.items()} for row in run.curve] for run in result.learned],
         "best_step": result.best_step,
+        "storage": {
+            "name": result.storage,
+            "select_loss_while_learning": finite(result.select_loss_while_learning),
+            "select_loss_exact": finite(next(c.select.loss.value for c in result.league if c.learned)),
+        },
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
         "peak_memory_mb": {name: round(value, 1) for name, value in result.peak_memory_mb.items()},
     }
@@ -150,7 +155,16 @@ def report_text(result: Result, soup: Soup) -> str:
         league_table(result.league, result.verdict.winner),
         "",
     ]
-    lines += [legend(result), "", "![league table](league.png)", "", "## Mixing weights", ""]
+    lines += [legend(result), ""]
+    if result.storage not in ("float32", "disk"):
+        learned = next(c for c in result.league if c.learned)
+        lines += [
+            f"Learned on deltas in {result.storage}: the select loss of {learned.name} was "
+            f"{result.select_loss_while_learning:.5f} with those, and is {learned.select.loss.value:.5f} for the exact "
+            "merge, as are all numbers above.",
+            "",
+        ]
+    lines += ["![league table](league.png)", "", "## Mixing weights", ""]
     lines += ["![mixing weights](mixing_weights.png)", "", "## Learning", "", "![curve](curve.png)", ""]
     lines += ["## Checkpoints", "", *(f"- {label}" for label in soup.labels), ""]
     for title, items in (("Warnings", result.warnings), ("Differences in configs", soup.notes)):

@@ -90,7 +90,7 @@ def evaluate_checkpoints(recipe: Recipe) -> dict[str, Evaluation]:
     job = Job(recipe, soup, {})
     job.accelerator = make_accelerator(recipe)
     job.open_data(divide=False)
-    job.build_model()
+    job.build_model("disk")  # nothing learns: no basis is needed
     return {label: job.scorer(mixing.one_hot(k, soup.labels)) for k, label in enumerate(soup.labels)}
 
 
@@ -99,6 +99,6 @@ def choose_baseline(recipe: Recipe, soup: Soup, method: str) -> MixingWeights:
     job = Job(recipe, soup, {})
     job.accelerator = make_accelerator(recipe)
     job.open_data(divide=False)
-    job.build_model()
+    job.build_model("disk")  # nothing learns: no basis is needed
     chooser = {"greedy": greedy_soup, "best": best_single}[method]
     return job.scorer.with_statistics(chooser(soup.labels, lambda weights: job.scorer(weights).ranking_loss))

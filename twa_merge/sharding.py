@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from twa_merge.tensorfile import Window
 
+SHARDS = ("none", "basis", "model")
+"""What processes share: nothing, the basis, or the model too."""
 _EVEN = 1.01
 """A shard this much larger than the average is as good as even."""
 
@@ -31,7 +33,7 @@ def shard(module: nn.Module, mesh: Any, *, layers: bool) -> None:
         layers: free a layer's weights after its forward pass and gather them again for its backward pass, so that no
             process ever holds all of them; otherwise they stay from the forward to the backward pass.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -42,8 +44,21 @@ def shard(module: nn.Module, mesh: Any, *, layers: bool) -> None:
     for layer in layers_of(module):
         fully_shard(layer, reshard_after_forward=layers, **options)
     fully_shard(module, reshard_after_forward=layers, **options)
-    # transformers' `generate` then keeps all processes at it until the last one has finished
-    module._is_fsdp_managed_module = True  # type: ignore[assignment]
+    if hasattr(module, "generate"):
+        register_fsdp_forward_method(module, "generate")  # it reads weights outside of `forward` too
+        # transformers then keeps all processes at it until the last one has finished
+        module._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+
+def make_room(module: nn.Module, device: torch.device | str) -> None:
+    """Allocate the parts of a sharded module that are on `meta`, without values; buffers keep theirs."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -59,10 +74,10 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether processes hold parts of the module's parameters."""
-    return any(_is_dtensor(parameter) for parameter in module.parameters())
+    return _mesh_of(module) is not None
 
 
-def window_of(parameter: Tensor) -> Window:
+def window_of(parameter: Any) -> Window:
     """Return which elements of a parameter this process holds."""
     if not _is_dtensor(parameter):
         return Window.whole(parameter.numel())
@@ -73,19 +88,18 @@ def window_of(parameter: Tensor) -> Window:
     return Window.slice(tuple(parameter.shape), dim, offset[dim] if shape[dim] else 0, shape[dim])
 
 
-def share_of(parameter: Tensor, module: nn.Module) -> float:
-    """Return what a sum over processes must count a parameter's part with: one that all hold, 1 / K."""
-    if _is_dtensor(parameter):
-        return 1.0
-    sharded = next((p for p in module.parameters() if _is_dtensor(p)), None)
-    return 1.0 if sharded is None else 1 / int(sharded.device_mesh.size())
+def shares_of(module: nn.Module) -> dict[str, float]:
+    """Return what a sum over processes must count each parameter's part with: one that all of them hold, 1 / K."""
+    mesh = _mesh_of(module)
+    whole = 1.0 if mesh is None else 1 / int(mesh.size())
+    return {name: 1.0 if _is_dtensor(p) else whole for name, p in module.named_parameters()}
 
 
-def own_part(parameter: Tensor) -> Tensor:
-    """Return the elements of a parameter that this process holds, detached, sharing memory."""
-    # detach, not .data: the write then counts for graphs that are still open, and they raise
-    part: Tensor = parameter.detach()
-    return part.to_local() if _is_dtensor(parameter) else part  # type: ignore[operator]
+def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter's name and the part that this process holds, detached, sharing memory."""
+    for name, parameter in module.named_parameters():
+        # detach, not .data: the write then counts for graphs that are still open, and they raise
+        yield name, _local(parameter.detach())
 
 
 def free_gathered(module: nn.Module) -> None:
@@ -99,13 +113,9 @@ def free_gathered(module: nn.Module) -> None:
 
 def sum_over_processes(values: Tensor, module: nn.Module) -> None:
     """Add up a tensor, in place, over the processes that a module is spread over."""
-    sharded = next((p for p in module.parameters() if _is_dtensor(p)), None)
-    if sharded is None:
-        return
-    mesh = sharded.device_mesh
-    moved = values.to(mesh.device_type)
-    torch.distributed.all_reduce(moved, group=mesh.get_group())
-    values.copy_(moved)
+    mesh = _mesh_of(module)
+    if mesh is not None:
+        _all_reduce(values, mesh)
 
 
 class ShardedProjection:
@@ -121,14 +131,16 @@ class ShardedProjection:
     def __init__(
         self, module: nn.Module, coefficients: Tensor, learnable: set[str], project: Callable[[str, Tensor], Tensor]
     ) -> None:
-        self._module, self._coefficients, self._project = module, coefficients, project
+        self._coefficients, self._project = coefficients, project
+        # asked now: while weights are gathered, the module shows them in place of the parts
+        self._mesh, self._shares = _mesh_of(module), shares_of(module)
         self._total: Tensor | None = None
         self._handles = []
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in learnable)
             if name in learnable:
                 hook = functools.partial(self._take, name)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """Drop what a backward pass that failed has left."""
@@ -142,9 +154,7 @@ class ShardedProjection:
     @torch.no_grad()
     def _take(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        grad = parameter.grad
-        products = self._project(name, grad.to_local() if _is_dtensor(grad) else grad)  # type: ignore[operator]
-        products *= share_of(parameter, self._module)
+        products = self._shares[name] * self._project(name, _local(parameter.grad))
         parameter.grad = None
         if self._total is None:
             self._total = products
@@ -156,13 +166,13 @@ class ShardedProjection:
     def _finish(self) -> None:
         assert self._total is not None
         total, self._total = self._total, None
-        sum_over_processes(total, self._module)
+        _all_reduce(total, self._mesh)
         grad = self._coefficients.grad
         self._coefficients.grad = total if grad is None else grad + total
 
 
 def _placement(parameter: nn.Parameter, *, size: int) -> Any:
-    """Return the dimension to split: the first, or another where that is much more even (experts fewer than processes)."""
+    """Return the dimension to split: the first, or a more even one: experts can be fewer than processes."""
     from torch.distributed.tensor import Shard
 
     if -(-parameter.shape[0] // size) * size <= _EVEN * parameter.shape[0]:
@@ -170,15 +180,25 @@ def _placement(parameter: nn.Parameter, *, size: int) -> Any:
     return Shard(next((dim for dim, extent in enumerate(parameter.shape) if extent % size == 0), 0))
 
 
-def _is_dtensor(parameter: Any) -> bool:
+def _mesh_of(module: nn.Module) -> Any:
+    """Return the mesh that a module is spread over, or None."""
+    return next((p.device_mesh for p in module.parameters() if _is_dtensor(p)), None)  # type: ignore[attr-defined]
+
+
+def _all_reduce(values: Tensor, mesh: Any) -> None:
+    moved = values.to(mesh.device_type)
+    torch.distributed.all_reduce(moved, group=mesh.get_group())
+    values.copy_(moved)
+
+
+def _local(tensor: Any) -> Tensor:
+    part: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
+    return part
+
+
+def _is_dtensor(tensor: Any) -> bool:
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
-    return isinstance(parameter, DTensor)
-
-
-def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter's name and the part that this process holds."""
-    for name, parameter in module.named_parameters():
-        yield name, own_part(parameter)
+    return isinstance(tensor, DTensor)

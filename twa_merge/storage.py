@@ -5,11 +5,7 @@ Legend: N checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
 
 from twa_merge.blocks import Block, FloatBlock, TiledBlock
 from twa_merge.errors import UserError
@@ -73,17 +69,3 @@ def next_smaller(storage: str) -> str | None:
     """Return the storage that takes less memory, or None."""
     where = STORAGES.index(storage) + 1
     return STORAGES[where] if where < len(STORAGES) else None
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of free memory on a device; of the CPU, what the process may still take."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free

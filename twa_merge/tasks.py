@@ -149,8 +149,14 @@ def build_task(
     return seq2seq(tokenizer, max_length=length, columns=columns, metrics=chosen, source_prefix=source_prefix)
 
 
-def load_module(task_name: str, checkpoint: Path, *, dtype: str = "float32") -> nn.Module:
+def load_module(task_name: str, checkpoint: Path, *, dtype: str = "float32", empty: bool = False) -> nn.Module:
     """Return the checkpoint's model for a task, on the CPU, in `eval()` mode; local files only, no remote code.
+
+    Args:
+        task_name: gives the Auto class.
+        checkpoint: a folder.
+        dtype: of the weights.
+        empty: leave the parameters on `meta`, without values.
 
     Raises:
         UserError: no such dtype, not a model for this task, or weights that the task needs are not in it (transformers
@@ -164,12 +170,15 @@ def load_module(task_name: str, checkpoint: Path, *, dtype: str = "float32") -> 
         raise UserError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
     loader: Any = getattr(transformers, _AUTO_CLASSES[task_name])
     try:
-        module, found = loader.from_pretrained(
-            checkpoint, dtype=value, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        if empty:
+            module = _empty_module(loader, checkpoint, value)
+        else:
+            module, found = loader.from_pretrained(
+                checkpoint, dtype=value, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # whatever config, code or files give
         raise UserError(f"{checkpoint}: not a model for {task_name} ({_reason(error)})") from error
-    missing = sorted(found["missing_keys"]) + sorted(str(entry[0]) for entry in found.get("mismatched_keys", ()))
+    missing = [] if empty else [*sorted(found["missing_keys"]), *sorted(str(e[0]) for e in found["mismatched_keys"])]
     if missing:
         raise UserError(
             f"{checkpoint}: {type(module).__name__} needs {missing[0]}"
@@ -182,6 +191,20 @@ def load_module(task_name: str, checkpoint: Path, *, dtype: str = "float32") -> 
         module.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     eval_module: nn.Module = module.eval()
     return eval_module
+
+
+def _empty_module(loader: Any, checkpoint: Path, dtype: torch.dtype) -> Any:
+    """Return what `from_pretrained` does, with parameters on `meta`; buffers, which configs define, are there."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        module = loader.from_config(config, dtype=dtype, trust_remote_code=False)
+    module.tie_weights()
+    if module.can_generate() and (checkpoint / "generation_config.json").is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
+    return module
 
 
 def load_tokenizer(checkpoint: Path, config: Any, *, needs_padding: bool) -> Any:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from twa_merge.batches import load_batches
 from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
 from twa_merge.learn_config import LearnConfig
+from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say, smaller_batch
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Batch, Task
 
@@ -95,7 +96,12 @@ def learn(
     with _bar(total, run.step, progress and accelerator.is_main_process) as bar:
         model.train()
         while run.step < total and not run.stopped:
-            recent.append(run.step_on(next(batches), task))
+            loss = run.step_on(next(batches), task)
+            if loss is None:
+                config = run.divide_batch(config)
+                batches = load_batches(fit, task, config, range(run.step, total), accelerator)
+                continue
+            recent.append(loss)
             bar.update()
             if run.step % every == 0 or run.step == total:
                 run.evaluate(score, run.step, sum(recent) / len(recent))
@@ -115,13 +121,13 @@ class _Run:
         from transformers import get_cosine_schedule_with_warmup
 
         self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
-        self.identity = {"config": asdict(config), "total": total, "of": state_of}
+        self.identity = {"config": _what_counts(config), "total": total, "of": state_of}
         self.optimizer = torch.optim.AdamW(
             [model.twa_coefficients], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)
         )
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, round(config.warmup * total), total)
-        self.wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
         self.step = 0
+        self.storage = model.basis.storage
         self.curve: list[dict[str, float]] = []
         self.tables: list[Tensor] = []
 
@@ -130,31 +136,69 @@ class _Run:
         losses = [row["select_loss"] for row in self.curve]
         return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
-    def step_on(self, micro_batches: list[Batch], task: Task) -> float:
-        """Take one optimisation step and return its loss."""
-        model, world = self.model, self.accelerator.num_processes
-        counts = torch.stack([task.count(batch) for batch in micro_batches]).sum().to(model.twa_coefficients.device)
+    def step_on(self, micro_batches: list[Batch], task: Task) -> float | None:
+        """Take one optimisation step and return its loss; None, with nothing changed, if memory ran out.
+
+        Processes exchange the gradient once a step, together with the loss and whether memory ran out anywhere.
+        """
+        model = self.model
+        coefficients = model.twa_coefficients
+        counts = torch.stack([task.count(batch) for batch in micro_batches]).sum().to(coefficients.device)
         count = self.accelerator.reduce(counts.float(), reduction="sum")
-        value = torch.zeros((), device=model.twa_coefficients.device)
-        for i, batch in enumerate(micro_batches):
-            last = i + 1 == len(micro_batches)
-            with _synchronised(self.wrapped, last):
+        value = torch.zeros((), device=coefficients.device)
+        failed = False
+        try:
+            for batch in micro_batches:
                 with self.accelerator.autocast():
-                    outputs = task.forward(self.wrapped, batch)
+                    outputs = task.forward(model, batch)
                 losses, weights = task.sample_losses(outputs, batch)
                 loss = (losses * weights).sum() / count
                 value += loss.detach()
-                loss = loss * world  # DDP averages gradients over processes
-                if last:
-                    loss = loss + self.config.regularization / 2 * model.twa_coefficients.square().sum()
                 self.accelerator.backward(loss)
-        mean = float(self.accelerator.reduce(value, reduction="sum"))
+        except Exception as error:
+            if not is_out_of_memory(error) or (model.is_sharded and self.accelerator.num_processes > 1):
+                raise  # inside a sharded model the other processes wait for this one: there is no going back
+            failed = True
+        grad = torch.zeros_like(coefficients) if coefficients.grad is None else coefficients.grad
+        told = torch.stack([value, torch.tensor(float(failed), device=value.device)])
+        if model.is_sharded:
+            grad = grad * self.accelerator.num_processes  # it is the average over processes already
+            told = self.accelerator.reduce(told, reduction="sum")
+        else:
+            packed = self.accelerator.reduce(torch.cat([grad.flatten(), told]), reduction="sum")
+            grad, told = packed[:-2].view_as(grad), packed[-2:]
+        self.optimizer.zero_grad()
+        if float(told[1]) > 0:
+            return None
+        mean = float(told[0])
         self._require_finite(mean)
+        coefficients.grad = grad + self.config.regularization * coefficients.detach()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
         return mean
+
+    def divide_batch(self, config: LearnConfig) -> LearnConfig:
+        """Return the same steps in smaller forward passes.
+
+        Raises:
+            OutOfMemory: a forward pass has one sample of each process already.
+        """
+        drop_cached()
+        size = smaller_batch(config.batch_size, least=self.accelerator.num_processes)
+        if size is None:
+            raise OutOfMemory(
+                f"out of memory with {config.batch_size} sample(s) in a forward pass: try --gradient-checkpointing, "
+                "--mixed-precision bf16 or shorter inputs (--max-length)"
+            )
+        smaller = replace(config, batch_size=size, accumulation=config.accumulation * config.batch_size // size)
+        say(
+            f"out of memory with {config.batch_size} samples in a forward pass: going on with {size}, "
+            f"{smaller.accumulation} passes in a step",
+            main_process=self.accelerator.is_main_process,
+        )
+        return smaller
 
     def evaluate(self, score: Callable[[], Evaluation], step: int, fit_loss: float) -> None:
         loss = score().ranking_loss
@@ -165,8 +209,10 @@ class _Run:
     def require_same_score(self, score: Callable[[], Evaluation], file: Path | None) -> None:
         """Raise if resumed coefficients score otherwise than when they were saved.
 
-        No other check sees all of the select part and the loss.
+        No other check sees all of the select part and the loss. Rounded otherwise, they score otherwise.
         """
+        if self.storage != self.model.basis.storage:
+            return
         saved, now = self.curve[-1]["select_loss"], score().ranking_loss
         if not math.isclose(saved, now, rel_tol=1e-3):
             raise UserError(
@@ -196,7 +242,7 @@ class _Run:
         }
         for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
             tensors[f"optimizer.{name}"] = value
-        about = {"step": self.step, "curve": self.curve, **self.identity}
+        about = {"step": self.step, "curve": self.curve, "storage": self.model.basis.storage, **self.identity}
         temporary = file.with_suffix(".tmp")
         save_file({n: t.cpu().contiguous().clone() for n, t in tensors.items()}, temporary, {"run": json.dumps(about)})
         os.replace(temporary, file)
@@ -221,7 +267,7 @@ class _Run:
         with torch.no_grad():
             self.model.twa_coefficients.copy_(tensors["coefficients"])
         self.tables = list(tensors["tables"])
-        self.step, self.curve = about["step"], about["curve"]
+        self.step, self.curve, self.storage = about["step"], about["curve"], about.get("storage")
         state = {n.removeprefix("optimizer."): t for n, t in tensors.items() if n.startswith("optimizer.")}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
@@ -230,10 +276,12 @@ class _Run:
             self.scheduler.step()
 
 
-def _synchronised(wrapped: Any, last: bool) -> Any:
-    import contextlib
-
-    return contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
+def _what_counts(config: LearnConfig) -> dict[str, Any]:
+    """Return the settings that a resumed run must share: not how a step is divided, nor where things are held."""
+    found = asdict(config)
+    for name in ("batch_size", "accumulation", "storage", "shard", "gradient_checkpointing"):
+        del found[name]
+    return found | {"samples": config.batch_size * config.accumulation}
 
 
 def _bar(total: int, done: int, show: bool) -> Any:

@@ -1,0 +1,95 @@
+"""The command under torchrun: one result for any number of processes, the end of one is the end of all, and resume."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests import factory
+from tests.test_cli import write_rows
+from twa_merge.cli import main
+from twa_merge.mixing import MixingWeights
+
+DRIVER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from twa_merge import training
+step_on = training._Run.step_on
+def dying(self, *arguments):
+    if os.environ["RANK"] == "1" and self.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_on(self, *arguments)
+if "DIE" in os.environ:
+    training._Run.step_on = dying
+from twa_merge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def torchrun(folder, arguments, processes=2, **environment):
+    """Run the command in several processes."""
+    (folder / "driver.py").write_text(DRIVER)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command += [str(folder / "driver.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def table(folder):
+    return MixingWeights.load(folder).table
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    for member in factory.make_soup("bert", folder / "soup", scale=0.2):
+        factory.make_tokenizer(member)
+    write_rows(folder / "data/validation.csv", factory.text_rows(40))
+    command = ["train", *map(str, sorted((folder / "soup").iterdir())), "--data", str(folder / "data")]
+    command += ["--steps", "12", "--batch-size", "8", "--granularity", "layer", "--device", "cpu"]
+    assert main([*command, "--output", str(folder / "alone")]) == 0
+    return folder, command
+
+
+@pytest.mark.parametrize("shard", ["none", "basis", "model"])
+def test_two_processes_give_what_one_gives(text, tmp_path, shard):
+    folder, command = text
+    out = tmp_path / "out"
+    done = torchrun(tmp_path, [*command, "--shard", shard, "--output", str(out)])
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(table(out), table(folder / "alone"), rtol=1e-3, atol=1e-4)
+    assert done.stdout.count("| greedy ") == 1  # one process tells
+
+
+def test_the_end_of_one_process_is_the_end_of_all_and_one_goes_on(text, tmp_path):
+    folder, command = text
+    out = tmp_path / "out"
+    start = time.monotonic()
+    done = torchrun(tmp_path, [*command, "--output", str(out)], DIE="1")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert "Signal 9 (SIGKILL) received" in done.stderr
+    assert not out.exists() and (tmp_path / ".out.twa-state").is_dir()
+    assert main([*command, "--output", str(out), "--resume"]) == 0
+    torch.testing.assert_close(table(out), table(folder / "alone"), rtol=1e-3, atol=1e-4)
+
+
+def test_texts_are_generated_by_a_model_that_is_spread(tmp_path):
+    for member in factory.make_soup("t5", tmp_path / "soup"):
+        factory.make_tokenizer(member)
+    rows = [{"source": f"{row['text']}", "target": row["text"]} for row in factory.text_rows(13)]
+    write_rows(tmp_path / "data.csv", rows)
+    command = ["train", *map(str, sorted((tmp_path / "soup").iterdir())), "--data", str(tmp_path / "data.csv")]
+    command += ["--task", "seq2seq", "--metric", "exact_match", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    command += ["--max-length", "12", "--granularity", "layer"]
+    assert main([*command, "--output", str(tmp_path / "alone")]) == 0
+    done = torchrun(tmp_path, [*command, "--shard", "model", "--output", str(tmp_path / "spread")])
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(table(tmp_path / "spread"), table(tmp_path / "alone"), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,58 @@
+"""How much memory is free, and what to do when there was not enough."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from twa_merge.errors import UserError
+
+
+class OutOfMemory(UserError):
+    """There is not enough memory, and nothing smaller to try at this level."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of free memory on a device; of the CPU, what the process may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on any device."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
+
+
+def drop_cached() -> None:
+    """Give memory back that a failed attempt has left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def smaller_batch(batch_size: int, least: int = 1) -> int | None:
+    """Return the largest divisor of a batch size that is smaller and at least `least`, or None."""
+    return next((size for size in range(batch_size // 2, least - 1, -1) if batch_size % size == 0), None)
+
+
+def say(text: str, *, main_process: bool = True) -> None:
+    """Print a line on stderr, once for all processes."""
+    if main_process:
+        print(text, file=sys.stderr)
