@@ -60,7 +60,7 @@ CORE = [
 ]
 
 
-@pytest.mark.parametrize("module", [*CORE, "sharding", "storage", "tensorfile"])
+@pytest.mark.parametrize("module", [*CORE, "originals", "quantize", "sharding", "storage", "tensorfile"])
 def test_the_core_needs_torch_alone(module):
     assert not imports(module) & HEAVY
 

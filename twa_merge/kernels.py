@@ -84,7 +84,10 @@ class Kernels:
 
     def _parts(self, codes: Tensor) -> Iterator[slice]:
         per_tile = codes.shape[1] * codes.shape[2] * 2
-        size = _COMPILED_TILES if self.compiled else max(1, _PLAIN_ELEMENTS // per_tile)
+        if codes.device.type == "cpu":
+            size = _COMPILED_TILES if self.compiled else max(1, _PLAIN_ELEMENTS // per_tile)
+        else:  # one launch; without a compiler a few, of bounded memory
+            size = max(1, len(codes)) if self.compiled else max(1, 64 * _PLAIN_ELEMENTS // per_tile)
         for first in range(0, len(codes), size):
             yield slice(first, first + size)
 
