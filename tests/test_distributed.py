@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,11 @@ from benchmarks.traffic import Traffic
 from tests import factory
 from tests.test_model import BATCHES
 from twa_merge import sharding
+from twa_merge.evaluation import Evaluation
+from twa_merge.learn_config import LearnConfig
 from twa_merge.model import MergedModel
+from twa_merge.task_custom import module_task
+from twa_merge.training import learn
 
 KINDS = ("gpt2", "vit", "t5", "own")
 STEPS = 20
@@ -98,8 +103,28 @@ def learned(folder, kind, shard, rank=0, world=1):
     }
 
 
+def learned_by_the_loop(folder, shard):
+    """Return the table that the built-in loop learns, and what its steps exchange."""
+    from accelerate import Accelerator
+
+    soup = twa.Soup(sorted((folder / "own").glob("member-*")))
+    model = twa.merged_model(soup, Experts(), granularity="layer", storage="float32", shard=shard)
+    whole = batch_of("own", 0, 1)
+    data = [{name: value[i] for name, value in whole.items()} for i in range(8)]
+    config = LearnConfig(steps=3, batch_size=8, evaluations=1, shard=shard)
+    scored = Evaluation(np.ones(1), np.ones(1), [], [], ())
+    with Traffic() as traffic:
+        run = learn(model, data, module_task(), config, Accelerator(cpu=True), score=lambda: scored)
+    return {
+        "table": run.tables_EGN[-1].tolist(),
+        "size": model.twa_coefficients.numel(),
+        "calls": dict(traffic.calls),
+        "nbytes": dict(traffic.nbytes),
+    }
+
+
 def _in_each_process(rank, world, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -107,6 +132,9 @@ def _in_each_process(rank, world, folder):
         for shard in ("none", "basis", "model"):
             found = learned(folder, kind, shard, rank, world)
             (folder / f"{kind}-{shard}-{world}-{rank}.json").write_text(json.dumps(found))
+    for shard in ("none", "basis", "model"):
+        found = learned_by_the_loop(folder, shard)
+        (folder / f"loop-{shard}-{world}-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
@@ -150,6 +178,20 @@ def test_what_a_step_exchanges(runs, kind, world):
         assert 0.9 * weights <= found["nbytes"]["reduce_scatter_base"] <= padded
     assert 0.9 * weights <= basis["nbytes"]["allgather_base"] <= padded
     assert 1.2 * weights <= model["nbytes"]["allgather_base"] <= 2 * padded
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_a_step_of_the_loop_exchanges(runs, world):
+    """A count of the samples first; then the gradient, the loss, and whether memory ran out."""
+    alone = torch.tensor(learned_by_the_loop(runs, "none")["table"])
+    for shard in ("none", "basis", "model"):
+        found = json.loads((runs / f"loop-{shard}-{world}-0.json").read_text())
+        torch.testing.assert_close(torch.tensor(found["table"]), alone, rtol=1e-3, atol=1e-4)
+        calls = 2 if shard == "none" else 3
+        assert found["calls"]["allreduce"] == 3 * calls
+        if shard == "none":
+            assert found["calls"].keys() == {"allreduce"}
+            assert found["nbytes"]["allreduce"] == 3 * 4 * (1 + found["size"] + 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])
