@@ -102,15 +102,15 @@ def main() -> None:
 
 
 def report(size: int, times: dict[str, np.ndarray], storages: list[str]) -> None:
-    """Print the ratios of one batch size."""
-    first = np.median(times[storages[0]] - times["plain"])
+    """Print the ratios of one batch size: medians over turns of ratios within a turn."""
+    first = times[storages[0]] - times["plain"]
     for storage in storages:
-        ratios = times[storage] / times["plain"]
-        extra = np.median(times[storage] - times["plain"])
+        ratios, extra = times[storage] / times["plain"], times[storage] - times["plain"]
         print(
             f"batch {size:3d} {storage:8s}: plain {np.median(times['plain']):.3f} s, step over plain "
-            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}); extra {extra:.3f} s, over reading "
-            f"float32 twice {extra / np.median(times['floor']):.2f}, over that of {storages[0]} {extra / first:.2f}",
+            f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}); extra {np.median(extra):.3f} s, over "
+            f"reading float32 twice {np.median(extra / times['floor']):.2f}, over that of {storages[0]} "
+            f"{np.median(extra / first):.2f}",
             flush=True,
         )
 

@@ -29,8 +29,10 @@ from twa_merge.tensorfile import RangeReader, Window
 if TYPE_CHECKING:
     from twa_merge.checkpoints import Soup
 
-_AT_ONCE = 1 << 22
-"""Elements of all checkpoints together that are in memory as floats while a basis is built."""
+_AT_ONCE = 1 << 23
+"""Elements of all checkpoints together that are read at a time."""
+_IN_CACHE = 1 << 18
+"""Elements of all checkpoints together that are centred at a time."""
 _FILES_AT_ONCE = 8
 _NOISE = 1e-6
 """A delta below this share of the centre is float32 rounding, not a direction."""
@@ -128,9 +130,11 @@ def build_basis(
         for name, window in windows.items():
             if make is not None:
                 blocks[name] = make(window.numel)
-            for first, values in reader.tiles(tensors[name], window):
-                squares[row_of[name]] += shares[name] * _put(blocks[name], first, values)
-                bar(sum(entry.dtype.itemsize for entry in tensors[name].entries) * values.shape[1])
+            for first, rows in reader.tiles(tensors[name], window):
+                found = _put(blocks[name], first, rows)
+                _require_finite(found, soup, tensors[name].name, rows)
+                squares[row_of[name]] += shares[name] * found
+                bar(sum(row.nbytes for row in rows))
     sharding.sum_over_processes(squares, module)
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
     norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
@@ -176,7 +180,6 @@ class _Reader:
     """Reads a tensor of every checkpoint in tiles, several files at a time. A context manager."""
 
     def __init__(self, soup: Soup) -> None:
-        self._soup = soup
         self._stack = ExitStack()
         self._readers = [self._stack.enter_context(RangeReader()) for _ in soup.labels]
         self._pool = self._stack.enter_context(ThreadPoolExecutor(min(_FILES_AT_ONCE, len(soup))))
@@ -187,29 +190,42 @@ class _Reader:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def tiles(self, tensor: SoupTensor, window: Window) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first element, (N, count) float64 values)."""
+    def tiles(self, tensor: SoupTensor, window: Window) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield (first element, N rows of values as they are on disk, valid until the next ones)."""
         size = max(1, _AT_ONCE // (len(self._readers) * TILE)) * TILE
         for first in range(0, window.numel, size):
-            values = torch.empty(len(self._readers), min(size, window.numel - first), dtype=torch.float64)
-
-            def read(k: int, first: int = first, values: Tensor = values) -> None:
-                values[k] = self._readers[k].read(tensor.entries[k], first, values.shape[1], window)
-                if not torch.isfinite(values[k].sum()) and not torch.isfinite(values[k]).all():
-                    label = self._soup.labels[k]
-                    raise UserError(f"{label}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out")
-
-            list(self._pool.map(read, range(len(self._readers))))
-            yield first, values
+            count = min(size, window.numel - first)
+            reads = [
+                self._pool.submit(reader.read, entry, first, count, window)
+                for reader, entry in zip(self._readers, tensor.entries, strict=True)
+            ]
+            yield first, [read.result() for read in reads]
 
 
-def _put(block: Block, first: int, values: Tensor) -> Tensor:
-    """Put centre and deltas of a tile into a parameter's block; return the (N + 1,) squares of their norms."""
-    centre = values.mean(dim=0)
-    deltas = values.sub_(centre).float()
-    centre = centre.float()
-    block.put(first, deltas, centre)
-    return torch.cat([deltas.double().square().sum(dim=1), centre.double().square().sum().unsqueeze(0)])
+def _put(block: Block, first: int, rows: list[Tensor]) -> Tensor:
+    """Put centre and deltas into a parameter's block; return the (N + 1,) squares of their norms."""
+    count, step = len(rows[0]), max(1, _IN_CACHE // (len(rows) * TILE)) * TILE
+    squares = torch.zeros(len(rows) + 1, dtype=torch.float64)
+    whole = torch.empty(len(rows), min(step, count), dtype=torch.float64)
+    for start in range(0, count, step):
+        values = whole[:, : min(step, count - start)]
+        for row, value in zip(rows, values, strict=True):
+            value.copy_(row[start : start + len(value)])
+        centre = values.mean(dim=0)
+        values -= centre
+        block.put(first + start, values.float(), centre.float())
+        squares[:-1] += torch.linalg.vector_norm(values, dim=1).square_()
+        squares[-1] += torch.linalg.vector_norm(centre).square_()
+    return squares
+
+
+def _require_finite(squares: Tensor, soup: Soup, name: str, rows: list[Tensor]) -> None:
+    """Raise if a checkpoint's values are not finite; the centre has made the others' deltas so too."""
+    if torch.isfinite(squares.sum()):
+        return
+    for label, row in zip(soup.labels, rows, strict=True):
+        if not torch.isfinite(row).all():
+            raise UserError(f"{label}: tensor {name!r} holds NaN or infinity; leave this checkpoint out")
 
 
 @contextmanager
