@@ -130,6 +130,24 @@ def test_tables_are_put_in_place_exactly(tmp_path, kind, storage):
     torch.testing.assert_close(model(**BATCHES[kind]).loss, at_start)
 
 
+def test_what_is_unloaded_or_saved_is_exact(tmp_path):
+    import transformers
+
+    soup = twa.Soup(factory.make_soup("gpt2", tmp_path / "soup"))
+    found = {}
+    for storage in ("float32", "int4"):
+        model = twa.merged_model(soup, storage=storage)
+        with torch.no_grad():
+            model.twa_coefficients[:, 0] += 0.7
+        model.save_pretrained(tmp_path / storage)
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / storage)
+        found[storage] = dict(model.merge_and_unload().named_parameters())
+        for name, parameter in saved.named_parameters():
+            assert torch.equal(parameter, found[storage][name])
+    for name, parameter in found["int4"].items():
+        torch.testing.assert_close(parameter, found["float32"][name], rtol=1e-5, atol=1e-6)
+
+
 def test_disk_learns_as_memory_does(tmp_path):
     soup = twa.Soup(factory.make_soup("gpt2", tmp_path))
     found = {}

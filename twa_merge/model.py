@@ -202,9 +202,11 @@ class MergedModel(nn.Module):
     def merge_and_unload(self) -> nn.Module:
         """Return the plain module with the current merge in its parameters, as PEFT's method of this name does.
 
-        Dropout is back and every weight trains again; this wrapper is of no use afterwards.
+        The merge is exact, whatever the basis is held in. Dropout is back and every weight trains again; this wrapper
+        is of no use afterwards.
         """
-        self.refresh()
+        with torch.no_grad():
+            self._place(self.mixing_weights())
         for link in self._links:
             link.remove()
         if self._projection is not None:
@@ -216,9 +218,9 @@ class MergedModel(nn.Module):
         return module
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Save the merged module as combined in float32, with `mixing_weights.*`.
+        """Save the merged module as combined in float32 from the checkpoints, with `mixing_weights.*`.
 
-        `twa_merge.write` makes the exact merge from the original checkpoints instead.
+        `twa_merge.write` combines in float64 and rounds once, in the checkpoints' own dtypes, names and shards.
 
         Raises:
             UserError: the module is spread over processes, and none holds it.
@@ -230,7 +232,7 @@ class MergedModel(nn.Module):
             )
         restore_dropout(self._dropout)  # the rates stand in the config that is saved
         try:
-            with self.materialized() as module:
+            with self.materialized(self.mixing_weights()) as module:
                 module.save_pretrained(folder, **kwargs)  # type: ignore[operator]
         finally:
             _hide(self, _dropout=switch_off_dropout(self.module))
