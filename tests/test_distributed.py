@@ -16,6 +16,7 @@ from twa_merge import sharding
 from twa_merge.evaluation import Evaluation
 from twa_merge.learn_config import LearnConfig
 from twa_merge.model import MergedModel
+from twa_merge.storage import block_maker
 from twa_merge.task_custom import module_task
 from twa_merge.training import learn
 
@@ -203,6 +204,13 @@ def test_what_a_process_holds(runs, kind, world):
         assert max(f["basis"] for f in found) <= 1.4 * whole["basis"] / world + 4096
         assert max(f["held"] for f in found) <= 1.4 * whole["numel"] / world + 100
         assert sum(f["held"] for f in found) >= whole["numel"]
+
+
+def test_a_process_may_hold_nothing_of_a_tensor():
+    for storage in ("float32", "bfloat16", "int8", "int4"):
+        block = block_maker(storage, 3, 100)(0)
+        block.combine(torch.ones(3) / 3, torch.empty(0, 5))
+        assert torch.equal(block.project(torch.empty(0, 5)), torch.zeros(3))
 
 
 def test_a_model_that_is_spread_says_how_to_save_it(tmp_path):

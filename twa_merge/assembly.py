@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,23 @@ def merged_model(
 
         sharding.shard(module, init_device_mesh(device.type, (world,)), layers=shard == "model")
         sharding.make_room(module, device)
+        _fill_integers(module, soup)
     if storage == "auto":
-        storage, _ = storage_for(soup, free_memory(device), processes=world if spread else 1)
+        storage, _ = storage_for(soup, free_in_every_process(device), processes=world if spread else 1)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, storage=storage, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
+
+
+def free_in_every_process(device: torch.device) -> int:
+    """Return the bytes that each process may take: the least of all; those on CPUs share what is free."""
+    free = torch.tensor(float(free_memory(device)), dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
+        if device.type == "cpu":
+            free /= torch.distributed.get_world_size()
+    return int(free)
 
 
 def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]:
@@ -92,6 +104,13 @@ def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]
     """
     numel = sum(tensor.entries[0].numel for tensor in soup.tensors if tensor.is_float)
     return choose_storage(len(soup), -(-numel // processes), free)
+
+
+def _fill_integers(module: nn.Module, soup: Soup) -> None:
+    """Load buffers of whole numbers, which are equal in all checkpoints."""
+    for name, buffer in module.named_buffers():
+        if not buffer.is_floating_point() and soup.tensor_of(name) is not None:
+            buffer.copy_(soup.read(0, name))
 
 
 def check_shard(shard: str) -> None:
@@ -131,15 +150,19 @@ def config_folder(soup: Soup) -> Path:
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Return the Accelerator of a recipe's device and precision."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if recipe.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda asked for, but torch finds no GPU; use --device cpu")
     torch.manual_seed(recipe.learn.seed)
+    # the others wait while one writes; torchrun notices a process that has died
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     try:
-        return Accelerator(mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu")
+        return Accelerator(
+            mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu", kwargs_handlers=[patient]
+        )
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise

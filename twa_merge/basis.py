@@ -52,7 +52,7 @@ class Basis:
     """`||m||` of all parameters."""
     storage: str = "float32"
     originals: Mapping[str, OriginalBlock] | None = None
-    """Parameter name -> the checkpoints themselves, where the blocks are not exact."""
+    """Parameter name -> the checkpoints themselves, where deltas in float32 are not at hand."""
 
     def __post_init__(self) -> None:
         self._row_of = {name: row for row, names in enumerate(self.groups.values()) for name in names}
@@ -116,7 +116,7 @@ def build_basis(
     windows = {name: sharding.window_of(parameter) for name, parameter in parameters.items()}
     shares = sharding.shares_of(module)
     tensors = {name: _tensor_of(soup, name, parameter) for name, parameter in parameters.items()}
-    files = MappedFiles()
+    files = MappedFiles(owner=soup)
     originals = {name: OriginalBlock(tensors[name].entries, window, files) for name, window in windows.items()}
     in_order(list(originals.values()))
     blocks: dict[str, Block] = dict(originals)
@@ -138,10 +138,8 @@ def build_basis(
     sharding.sum_over_processes(squares, module)
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
     norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
-    exact = storage in ("float32", "disk")
-    return Basis(
-        blocks, groups, norms, float(centre_norms.square().sum().sqrt()), storage, None if exact else originals
-    )
+    centre_norm = float(centre_norms.square().sum().sqrt())
+    return Basis(blocks, groups, norms, centre_norm, storage, None if storage == "float32" else originals)
 
 
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from twa_merge.errors import UserError
-from twa_merge.memory import drop_cached, is_out_of_memory, say
+from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
 from twa_merge.metrics import Metric, standard_error
 from twa_merge.sharding import is_sharded
 from twa_merge.task_base import Task, to_device
@@ -212,6 +212,8 @@ class _Scoring:
     def __init__(self, module: nn.Module, task: Task, autocast: Callable[[], Any], dataset: Any) -> None:
         self.module, self.task, self.autocast, self.dataset = module, task, autocast, dataset
         self.most: int | None = None
+        # processes that share a model take part in each other's passes: they must make equally many
+        self.may_divide = not is_sharded(module)
 
     def score(self, batch: Any, samples: list[int]) -> tuple[Any, ...]:
         """Return losses, weights, predictions and references of a batch, made of these samples."""
@@ -221,10 +223,14 @@ class _Scoring:
                     return _score(self.module, batch, self.task, self.autocast)
                 return self._in_parts(samples, self.most)
             except Exception as error:
-                tried = min(self.most or len(samples), len(samples))
-                # processes that share a model take part in each other's passes: they must make equally many
-                if tried == 1 or not is_out_of_memory(error) or is_sharded(self.module):
+                if not is_out_of_memory(error):
                     raise
+                tried = min(self.most or len(samples), len(samples))
+                if tried == 1 or not self.may_divide:
+                    raise OutOfMemory(
+                        f"out of memory with {tried} sample(s) in a scoring pass: try a smaller --eval-batch-size, "
+                        "--mixed-precision bf16 or shorter inputs (--max-length)"
+                    ) from error
                 self.most = tried // 2
             drop_cached()
             say(f"out of memory with {tried} samples in a scoring pass: going on with {self.most}")

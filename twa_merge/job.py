@@ -18,6 +18,7 @@ from torch import nn
 from twa_merge import buffers, league
 from twa_merge.assembly import (
     config_folder,
+    free_in_every_process,
     load_architecture,
     make_accelerator,
     make_task,
@@ -29,8 +30,9 @@ from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
 from twa_merge.job_data import content_digest, open_job_data
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
-from twa_merge.memory import OutOfMemory, drop_cached, free_memory, is_out_of_memory, say
+from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
 from twa_merge.mixing import MixingWeights
+from twa_merge.model import MergedModel
 from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
@@ -89,10 +91,18 @@ class Job:
         self.runs_again = task is None and module is None and not passed
         self.output = Path(recipe.output.path).expanduser() if recipe.output.path is not None else None
         self.state = StateFolder(self.output)
+        self.model: MergedModel = None  # type: ignore[assignment]
         self.seconds: dict[str, float] = {}
         self.peak_memory_mb: dict[str, float] = {}
 
     def run(self) -> Result:
+        try:
+            return self._run()
+        finally:
+            if self.model is not None:
+                self.model.unload()  # a module of the user's works as before, on the weights that it was left with
+
+    def _run(self) -> Result:
         require_several(self.soup.labels)
         self.check_settings()
         self.accelerator = make_accelerator(self.recipe)
@@ -105,6 +115,8 @@ class Job:
         self.accelerator.wait_for_everyone()
         try:
             learned = self.stage("learning", self.learn)
+        except OutOfMemory:
+            raise  # with other settings of memory, the state goes on
         except UserError:
             if not self.resume:  # this run's own state is of no use: only other settings will help
                 self.state.drop()
@@ -184,9 +196,9 @@ class Job:
     def _build(self, storage: str) -> bool:
         """Return whether model and basis fit in every process."""
         learn_config, world = self.recipe.learn, self.accelerator.num_processes
-        failed = False
+        failed, model = False, None
         try:
-            self.model = merged_model(
+            model = merged_model(
                 self.soup,
                 self.module,
                 task=self.recipe.task,
@@ -197,15 +209,22 @@ class Job:
                 shard=learn_config.shard,
                 device=self.accelerator.device,
                 progress=self.progress and self.accelerator.is_main_process,
-            ).to(self.accelerator.device)
+            )
+            model.to(self.accelerator.device)
         except Exception as error:
             if not is_out_of_memory(error) or (learn_config.shard != "none" and world > 1):
                 raise  # the others are waiting inside
             failed = True
-        if failed:
-            drop_cached()
         told = torch.tensor(float(failed), device=self.accelerator.device)
-        return float(self.accelerator.reduce(told, reduction="sum")) == 0
+        if float(self.accelerator.reduce(told, reduction="sum")) > 0:
+            if model is not None:
+                model.unload()
+            del model
+            drop_cached()
+            return False
+        assert model is not None
+        self.model = model
+        return True
 
     def smaller_storage(self, storage: str, advice: str) -> str:
         """Return the next smaller storage, and say that it is taken.
@@ -226,12 +245,8 @@ class Job:
         """Return the recipe's storage, or for `auto` the one that fits in every process."""
         if self.recipe.learn.storage != "auto":
             return self.recipe.learn.storage
-        from accelerate.utils import gather_object
-
-        device, world = self.accelerator.device, self.accelerator.num_processes
-        free = free_memory(device)
-        if world > 1:  # processes share the memory of a CPU
-            free = min(gather_object([free])) // (world if device.type == "cpu" else 1)
+        world = self.accelerator.num_processes
+        free = free_in_every_process(self.accelerator.device)
         sharing = world if self.recipe.learn.shard != "none" else 1
         storage, line = storage_for(self.soup, free, processes=sharing)
         if self.progress:
@@ -249,7 +264,7 @@ class Job:
         # shuffled: rows sorted by class would make batches of one class, and statistics without the others
         order = np.random.default_rng(self.recipe.learn.seed).permutation(len(source)).tolist()
         source = Subset(source, order)
-        size = self.recipe.learn.batch_size
+        size = self.recipe.learn.batch_size * self.recipe.learn.accumulation  # however a step is divided
         loader = DataLoader(source, batch_size=size, collate_fn=task.collate, drop_last=len(source) >= size)
         return Scorer(
             self.model,
@@ -278,8 +293,8 @@ class Job:
                 return self.make_learner().run()
             except OutOfMemory as error:
                 storage = self.smaller_storage(self.model.basis.storage, str(error))
-            self.model.merge_and_unload()  # a module of the user's must be as it was
-            del self.model, self.scorer.model
+            self.model.unload()  # a module of the user's must be as it was
+            self.model = self.scorer.model = None  # type: ignore[assignment]
             drop_cached()
             self.stage("basis", functools.partial(self.build_model, storage))
 

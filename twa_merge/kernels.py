@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twa_merge.memory import is_out_of_memory
 from twa_merge.quantize import dequantize, halves
 
 _COMPILED_TILES = 128
@@ -77,9 +78,11 @@ class Kernels:
         total = torch.zeros(codes.shape[1], dtype=torch.float32, device=codes.device)
         for part in self._parts(codes):
             chosen = (codes[part], None if scales is None else scales[part])
-            if not self._run(_project, 0, *chosen, bits, grad_TB[part], total):
+            products = torch.zeros_like(total)  # a kernel that fails half way leaves nothing in the total
+            if not self._run(_project, 0, *chosen, bits, grad_TB[part], products):
                 values = dequantize(*chosen, bits)
-                total += torch.matmul(values, grad_TB[part].float().unsqueeze(-1)).squeeze(-1).sum(dim=0)
+                products = torch.matmul(values, grad_TB[part].float().unsqueeze(-1)).squeeze(-1).sum(dim=0)
+            total += products
         return total
 
     def _parts(self, codes: Tensor) -> Iterator[slice]:
@@ -106,6 +109,8 @@ class Kernels:
         try:
             compiled(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
+            if is_out_of_memory(error):
+                raise
             self._compiled = {}
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             warnings.warn(f"torch.compile does not work here, slower plain kernels are used ({reason})", stacklevel=2)

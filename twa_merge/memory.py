@@ -27,17 +27,31 @@ def free_memory(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")
     with contextlib.suppress(OSError, ValueError):
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        held = int(used.read_text()) - _file_cache(used.with_name("memory.stat"))
+        free = min(free, int(limit.read_text()) - held)
     return free
+
+
+def _file_cache(statistics: Path) -> int:
+    """Return the bytes of a control group that hold files, and are the system's to take back."""
+    for line in statistics.read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, on any device."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, OSError) and error.errno == errno.ENOMEM
+    ):
         return True
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+    others = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, Exception) and (
+        should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and any(o in str(error) for o in others))
+    )
 
 
 def drop_cached() -> None:

@@ -66,6 +66,7 @@ class MergedModel(nn.Module):
         # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
         _hide(self, module=module, basis=basis, coordinates=coordinates)
         _hide(self, checkpoints=checkpoints, fingerprints=fingerprints)
+        _hide(self, _trained=[(p, p.requires_grad) for p in module.parameters()])
         _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None, _placed=None)
         position = (basis.trainable_G.cumsum(0) - 1).masked_fill(~basis.trainable_G, -1)
         _hide(self, _position=position.tolist())
@@ -133,8 +134,9 @@ class MergedModel(nn.Module):
 
     def _combine(self, row: Callable[[str], Tensor]) -> None:
         _hide(self, _combined=None, _placed=None)
-        for name, part in self._parts():
-            self.basis.combine(name, row(name), out=part)
+        with _full_precision(self.twa_coefficients):
+            for name, part in self._parts():
+                self.basis.combine(name, row(name), out=part)
 
     def _place(self, weights: MixingWeights) -> None:
         """Put a table's weights in place, from the checkpoints themselves where the basis is not exact."""
@@ -142,11 +144,12 @@ class MergedModel(nn.Module):
         if originals is None:
             return self._combine(weights.row)
         _hide(self, _combined=None, _placed=None)
-        for name, part in self._parts():
-            if before is None:
-                originals[name].combine(weights.row(name), part)
-            else:
-                originals[name].update(before.row(name), weights.row(name), part)
+        with _full_precision(self.twa_coefficients):
+            for name, part in self._parts():
+                if before is None:
+                    originals[name].combine(weights.row(name), part)
+                else:
+                    originals[name].update(before.row(name), weights.row(name), part)
         _hide(self, _placed=weights)
         return None
 
@@ -202,18 +205,22 @@ class MergedModel(nn.Module):
     def merge_and_unload(self) -> nn.Module:
         """Return the plain module with the current merge in its parameters, as PEFT's method of this name does.
 
-        The merge is exact, whatever the basis is held in. Dropout is back and every weight trains again; this wrapper
-        is of no use afterwards.
+        The merge is exact, whatever the basis is held in. Dropout is back, and what trained before trains again; this
+        wrapper is of no use afterwards.
         """
         with torch.no_grad():
             self._place(self.mixing_weights())
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """Return the plain module with whatever weights are in it, as PEFT's method of this name does."""
         for link in self._links:
             link.remove()
         if self._projection is not None:
             self._projection.remove()
         restore_dropout(self._dropout)
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+        for parameter, trains in self._trained:
+            parameter.requires_grad_(trains)
         module: nn.Module = self.module
         return module
 
@@ -273,8 +280,14 @@ def _project(
     """Return the coefficients' gradient, zero outside the parameter's group, from a parameter's own (eq. 6)."""
     row = position[basis.row_of(name)]
     grad_GN = torch.zeros_like(coefficients_GN)
-    grad_GN[row] = basis.project(name, grad) * scale_GN[row].to(grad_GN)
+    with _full_precision(grad):
+        grad_GN[row] = basis.project(name, grad) * scale_GN[row].to(grad_GN)
     return grad_GN
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast is for the model's own products: a merge in bfloat16 would lose the deltas."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _hide(model: MergedModel, **attributes: Any) -> None:

@@ -29,9 +29,14 @@ _MAX_UPDATES = 32
 
 
 class MappedFiles:
-    """Memory maps of files, each made once."""
+    """Memory maps of files, each made once.
 
-    def __init__(self) -> None:
+    Args:
+        owner: what must live as long, since the files are temporary otherwise.
+    """
+
+    def __init__(self, owner: object = None) -> None:
+        self._owner = owner
         self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
 
     def view(self, entry: Entry, position: int, count: int) -> Tensor:
@@ -105,13 +110,19 @@ class OriginalBlock:
 
     @torch.no_grad()
     def project(self, grad: Tensor) -> Tensor:
-        """Return the (N,) inner products of the gradient with the deltas: those with checkpoints, less their mean."""
+        """Return the (N,) inner products of the gradient with the deltas.
+
+        They are those with the differences from the first checkpoint, less their mean: products with the checkpoints
+        themselves would lose small deltas in their rounding.
+        """
         flat = grad.reshape(-1)
         total = torch.zeros(len(self.entries), dtype=torch.float64)
         for first, position, count in self._tiles(range(len(self.entries)), self.before):
             part = flat[first : first + count].float()
-            products = [torch.dot(self._piece(k, position, count, part), part) for k in range(len(self.entries))]
-            total += torch.stack(products).double().cpu()
+            start, difference = self._piece(0, position, count, part), torch.empty_like(part)
+            for k in range(1, len(self.entries)):
+                torch.sub(self._piece(k, position, count, part), start, out=difference)
+                total[k] += torch.dot(difference, part).double().cpu()
         return (total - total.mean()).to(grad.device, torch.float32)
 
     def _add(self, scale: float, weights: dict[int, float], out: Tensor) -> None:

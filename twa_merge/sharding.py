@@ -11,12 +11,14 @@ Legend: K processes, G groups, N checkpoints.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twa_merge.errors import UserError
 from twa_merge.tensorfile import Window
 
 SHARDS = ("none", "basis", "model")
@@ -41,9 +43,15 @@ def shard(module: nn.Module, mesh: Any, *, layers: bool) -> None:
         "shard_placement_fn": functools.partial(_placement, size=mesh.size()),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
-    for layer in layers_of(module):
-        fully_shard(layer, reshard_after_forward=layers, **options)
-    fully_shard(module, reshard_after_forward=layers, **options)
+    names = [name for name, _ in module.named_parameters()]
+    try:
+        for layer in layers_of(module):
+            fully_shard(layer, reshard_after_forward=layers, **options)
+        fully_shard(module, reshard_after_forward=layers, **options)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{type(module).__name__}: fully_shard cannot spread it ({error}); use --shard none") from error
+    if [name for name, _ in module.named_parameters()] != names:
+        raise UserError(f"{type(module).__name__}: its tied weights would come apart when spread; use --shard none")
     if hasattr(module, "generate"):
         register_fsdp_forward_method(module, "generate")  # it reads weights outside of `forward` too
         # transformers then keeps all processes at it until the last one has finished
@@ -54,7 +62,7 @@ def make_room(module: nn.Module, device: torch.device | str) -> None:
     """Allocate the parts of a sharded module that are on `meta`, without values; buffers keep theirs."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         return
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
     module.to_empty(device=device)
     with torch.no_grad():
         for name, buffer in module.named_buffers():
@@ -62,19 +70,38 @@ def make_room(module: nn.Module, device: torch.device | str) -> None:
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """Return the items of the outermost lists of modules: the layers, of any architecture."""
-    found: list[nn.Module] = []
+    """Return the items of the outermost lists of modules: the layers, of any architecture.
+
+    Those that share a parameter with another layer, or with what is outside of all of them, are left out.
+    """
+    layers = list({id(layer): layer for layer in _items(module)}.values())
+    inside = {id(inner) for layer in layers for inner in layer.modules()}
+    outside = {id(p) for inner in module.modules() if id(inner) not in inside for p in inner._parameters.values()}
+    users = Counter(id(p) for layer in layers for p in set(layer.parameters()))
+    return [
+        layer
+        for layer in layers
+        if any(True for _ in layer.parameters())
+        and not any(users[id(p)] > 1 or id(p) in outside for p in layer.parameters())
+    ]
+
+
+def _items(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            found += [item for item in child if any(True for _ in item.parameters())]
-        else:
-            found += layers_of(child)
-    return found
+        if not isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from _items(child)
+            continue
+        for item in child:  # a list in a list is never called itself
+            yield from _items(nn.ModuleList([item])) if isinstance(item, nn.ModuleList) else [item]
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether processes hold parts of the module's parameters."""
-    return _mesh_of(module) is not None
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(inner, FSDPModule) for inner in module.modules())
 
 
 def window_of(parameter: Any) -> Window:
@@ -98,7 +125,7 @@ def shares_of(module: nn.Module) -> dict[str, float]:
 def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter's name and the part that this process holds, detached, sharing memory."""
     for name, parameter in module.named_parameters():
-        # detach, not .data: the write then counts for graphs that are still open, and they raise
+        # detach, not .data: the write then counts for graphs that are still open, and (unless sharded) they raise
         yield name, _local(parameter.detach())
 
 
@@ -134,7 +161,7 @@ class ShardedProjection:
         self._coefficients, self._project = coefficients, project
         # asked now: while weights are gathered, the module shows them in place of the parts
         self._mesh, self._shares = _mesh_of(module), shares_of(module)
-        self._total: Tensor | None = None
+        self._totals: dict[bool, Tensor] = {}
         self._handles = []
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in learnable)
@@ -144,7 +171,7 @@ class ShardedProjection:
 
     def forget(self) -> None:
         """Drop what a backward pass that failed has left."""
-        self._total = None
+        self._totals = {}
 
     def remove(self) -> None:
         """Make the module's gradients plain again."""
@@ -156,16 +183,16 @@ class ShardedProjection:
         assert parameter.grad is not None
         products = self._shares[name] * self._project(name, _local(parameter.grad))
         parameter.grad = None
-        if self._total is None:
-            self._total = products
-            # after fully_shard's own callback, which hands in the last gradients
+        if not self._totals:
+            # after fully_shard's own callback, which hands in the last gradients and waits for its streams
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
-        else:
-            self._total += products
+        # apart: on GPUs, parts arrive on fully_shard's stream, and what all processes hold on autograd's
+        in_parts = self._shares[name] == 1
+        self._totals[in_parts] = products + self._totals[in_parts] if in_parts in self._totals else products
 
     def _finish(self) -> None:
-        assert self._total is not None
-        total, self._total = self._total, None
+        total = torch.stack(list(self._totals.values())).sum(dim=0)
+        self._totals = {}
         _all_reduce(total, self._mesh)
         grad = self._coefficients.grad
         self._coefficients.grad = total if grad is None else grad + total

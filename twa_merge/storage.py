@@ -44,7 +44,9 @@ def bytes_of(storage: str, num_checkpoints: int, numel: int) -> int:
     """Return the bytes of a basis, its centre included."""
     if storage == "disk":
         return 0
-    of_delta = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[storage]
+    if storage == "float32":  # the last delta is not held
+        return 4 * numel * num_checkpoints
+    of_delta = {"bfloat16": 2, "int8": 1 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[storage]
     return round(numel * (num_checkpoints * of_delta + 4))
 
 

@@ -206,6 +206,22 @@ class _Run:
         self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
         self.tables.append(self.model.table_GN())
 
+    def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = json.loads(opened.metadata()["run"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a readable state ({error}); start without --resume") from error
+        if any(about.get(key) != value for key, value in self.identity.items()):
+            raise UserError(
+                f"{file}: belongs to a run with other settings, checkpoints or data; give the same ones, or start "
+                "without --resume"
+            )
+        return about, tensors
+
     def require_same_score(self, score: Callable[[], Evaluation], file: Path | None) -> None:
         """Raise if resumed coefficients score otherwise than when they were saved.
 
@@ -248,22 +264,22 @@ class _Run:
         os.replace(temporary, file)
 
     def resume(self, file: Path | None) -> None:
-        """Go on from a saved state, if there is one."""
-        if file is None or not file.is_file():
-            return
-        from safetensors import SafetensorError, safe_open
+        """Go on from a saved state, if there is one; the main process reads it for all."""
+        from accelerate.utils import broadcast_object_list
 
-        try:
-            with safe_open(file, framework="pt") as opened:
-                about = json.loads(opened.metadata()["run"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a readable state ({error}); start without --resume") from error
-        if any(about.get(key) != value for key, value in self.identity.items()):
-            raise UserError(
-                f"{file}: belongs to a run with other settings, checkpoints or data; give the same ones, or start "
-                "without --resume"
-            )
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process and file is not None and file.is_file():
+            try:
+                found = [self._read(file)]
+            except UserError as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        if found[0] is None:
+            return
+        about, tensors = found[0]
         with torch.no_grad():
             self.model.twa_coefficients.copy_(tensors["coefficients"])
         self.tables = list(tensors["tables"])
