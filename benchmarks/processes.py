@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import tempfile
@@ -43,6 +44,8 @@ def in_process(rank: int, world: int, shard: str, args: argparse.Namespace, out:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randint(0, 50257, (4, 64), generator=generator)
     batch = dict.fromkeys(("input_ids", "labels"), whole[rank::world])
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the set-up has left behind
+    rest = memory()["RssAnon"]
     Path("/proc/self/clear_refs").write_text("5")
     traffic = Traffic()
     for step in range(args.steps):
@@ -54,6 +57,7 @@ def in_process(rank: int, world: int, shard: str, args: argparse.Namespace, out:
     now = memory()
     found: dict[str, Any] = {
         "basis": model.basis.nbytes,
+        "rest": rest,
         "peak": now["VmHWM"] - now["RssFile"],
         "nbytes": dict(traffic.nbytes),
         "numel": sum(p.numel() for p in model.module.parameters()),
@@ -73,8 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     if not member_paths(args.folder, args.checkpoints, "float32")[-1].is_dir():
         make_soup(args.folder, args.checkpoints, "float32")
-    print("| K | shared | basis, MB | peak of a step, MB | exchanged a step, bytes | coefficients off, relative |")
-    print("|--:|---|--:|--:|---|--:|")
+    print("| K | shared | basis, MB | at rest, MB | peak of a step, MB | exchanged a step, bytes | coefficients off |")
+    print("|--:|---|--:|--:|--:|---|--:|")
     alone = None
     for world in args.processes:
         for shard in ("none", "basis", "model") if world > 1 else ("none",):
@@ -84,10 +88,10 @@ def main() -> None:
             coefficients = torch.tensor(runs[0]["coefficients"])
             alone = coefficients if alone is None else alone
             off = float((coefficients - alone).norm() / alone.norm())
-            basis, peak = (max(run[what] for run in runs) / 1e6 for what in ("basis", "peak"))
+            basis, rest, peak = (max(run[what] for run in runs) / 1e6 for what in ("basis", "rest", "peak"))
             nbytes = {k: f"{v / runs[0]['numel']:.2f} D" if v > 1e6 else v for k, v in runs[0]["nbytes"].items()}
             sent = ", ".join(f"{name} {size}" for name, size in nbytes.items()) or "nothing"
-            print(f"| {world} | {shard} | {basis:.0f} | {peak:.0f} | {sent} | {off:.1e} |", flush=True)
+            print(f"| {world} | {shard} | {basis:.0f} | {rest:.0f} | {peak:.0f} | {sent} | {off:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def learned(folder, kind, shard, rank=0, world=1):
         optimizer.zero_grad()
     with model.materialized() as whole, torch.no_grad():
         output = whole.eval()(**batch_of(kind, 0, 1))
+        assert sharding.is_sharded(whole) == (world > 1 and shard != "none")  # also while weights are gathered
         score = float(output if kind == "own" else output.loss)
     sharding.free_gathered(model.module)  # scoring has left them, for the next batch
     held = [part for _, part in sharding.named_parts(model.module)]
@@ -204,6 +205,27 @@ def test_what_a_process_holds(runs, kind, world):
         assert max(f["basis"] for f in found) <= 1.4 * whole["basis"] / world + 4096
         assert max(f["held"] for f in found) <= 1.4 * whole["numel"] / world + 100
         assert sum(f["held"] for f in found) >= whole["numel"]
+
+
+def layer():
+    return nn.Linear(2, 2)
+
+
+def test_layers_are_found_in_any_nesting_and_those_that_share_weights_stay_together():
+    class Whole(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    a, b, c, tied = layer(), layer(), layer(), layer()
+    assert sharding.layers_of(Whole(stages=nn.ModuleList([nn.ModuleList([a, b]), nn.ModuleList([c])]))) == [a, b, c]
+    assert sharding.layers_of(Whole(inner=Whole(blocks=nn.Sequential(a, nn.ReLU(), b)), head=c)) == [a, b]
+    assert sharding.layers_of(Whole(first=nn.ModuleList([a, b]), again=nn.ModuleList([a]))) == [a, b]
+    assert sharding.layers_of(Whole(blocks=nn.ModuleList([nn.ModuleList([nn.ModuleList([a])])]))) == [a]
+    tied.weight = c.weight
+    assert sharding.layers_of(Whole(blocks=nn.ModuleList([a, c, tied]))) == [a]
+    assert sharding.layers_of(Whole(blocks=nn.ModuleList([a, c]), head=tied)) == [a]
 
 
 def test_a_process_may_hold_nothing_of_a_tensor():

@@ -108,6 +108,18 @@ def test_where_one_sample_is_too_much_the_basis_gets_smaller(soup, tmp_path, mon
     assert "Learned on deltas in int8: the select loss of TWA by tensor was" in (tmp_path / "out/report.md").read_text()
 
 
+def test_the_users_module_works_as_before(soup):
+    module = Hungry()
+    module.inner.bias.requires_grad_(False)
+    module.dropout = nn.Dropout(0.3)
+    learned(soup, module)
+    assert module.dropout.p == 0.3
+    assert module.inner.weight.requires_grad and not module.inner.bias.requires_grad
+    module(DATA.tensors[0]).sum().backward()
+    assert module.inner.weight.grad is not None
+    assert type(module.inner._parameters) is dict
+
+
 def test_where_nothing_is_small_enough_one_line_says_so(soup):
     module = Hungry()
     module.most[True] = 0

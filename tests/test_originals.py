@@ -80,6 +80,63 @@ def test_a_part_of_a_tensor(tmp_path, monkeypatch, dim, start, length):
     torch.testing.assert_close(block.project(grad).double(), products, rtol=1e-4, atol=1e-5)
 
 
+def test_small_deltas_are_not_lost_in_rounding(tmp_path):
+    files, held = [], []
+    base = torch.randn(300_000)
+    for k in range(N):
+        held.append(base + 1e-5 * torch.randn(base.shape, generator=torch.Generator().manual_seed(k)))
+        save_file({"t": held[-1]}, tmp_path / f"{k}.safetensors")
+        files.append(read_header(tmp_path / f"{k}.safetensors")["t"])
+    block = OriginalBlock(files, Window.whole(len(base)), MappedFiles())
+    values = torch.stack(held).double()
+    grad = torch.randn(len(base))
+    expected = (values - values.mean(dim=0)) @ grad.double()
+    assert float((block.project(grad).double() - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8", "disk"])
+def test_autocast_leaves_the_merge_alone(tmp_path, storage):
+    class Transposed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(6, 4).t())
+
+        def forward(self, x):
+            return x @ self.weight
+
+    for k in range(3):
+        (tmp_path / str(k)).mkdir()
+        save_file({"weight": torch.randn(4, 6)}, tmp_path / str(k) / "model.safetensors")
+    found = []
+    for enabled in (False, True):
+        model = twa.merged_model(twa.Soup(sorted(tmp_path.iterdir())), Transposed(), storage=storage)
+        with torch.no_grad():
+            model.twa_coefficients += torch.tensor([0.5, 0.2, -0.7])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.refresh()
+        weight = model.module.weight.detach().clone()
+        products = model.basis.project("weight", torch.ones(4, 6).t().contiguous().t())
+        found.append((weight, products))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_pickled_soup_lives_as_long_as_what_reads_it(tmp_path):
+    import gc
+
+    for k in range(2):
+        (tmp_path / str(k)).mkdir()
+        torch.save(
+            {"weight": torch.full((2, 3), float(k)), "bias": torch.zeros(2)}, tmp_path / str(k) / "pytorch_model.bin"
+        )
+    soup = twa.Soup(sorted(tmp_path.iterdir()), allow_pickle=True)
+    model = twa.merged_model(soup, torch.nn.Linear(3, 2), storage="int8")
+    labels = soup.labels
+    del soup
+    gc.collect()
+    with model.materialized(mixing.one_hot(1, labels)) as module:
+        assert (module.weight == 1).all()
+
+
 def test_a_greedy_soup_reads_only_what_it_adds_or_takes_away(tmp_path, monkeypatch):
     (block,), (held,) = made(tmp_path, (100,))
     read = []

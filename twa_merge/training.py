@@ -273,7 +273,7 @@ class _Run:
                 found = [self._read(file)]
             except UserError as error:
                 found = [error]
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and file is not None:
             broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
