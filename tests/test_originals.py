@@ -8,16 +8,17 @@ import twa_merge as twa
 from tests import factory
 from tests.test_model import BATCHES
 from twa_merge import mixing, originals
+from twa_merge.kernels import PIECES, Kernels
 from twa_merge.originals import MappedFiles, OriginalBlock, in_order
 from twa_merge.tensorfile import Window, read_header
 
 N = 4
 
 
-def made(folder, shape, dtype=torch.float32, *, odd=False, window=None, count=1):
+def made(folder, shape, dtype=torch.float32, *, odd=False, window=None, count=1, n=N, compile=False):
     """Return blocks of tensors in N files, and (N, ...) their values."""
     files, stacks = [], []
-    for k in range(N):
+    for k in range(n):
         generator = torch.Generator().manual_seed(k)
         tensors = {f"t{i}": torch.randn(shape, generator=generator).to(dtype) for i in range(count)}
         if odd:  # one byte first: nothing after it is aligned
@@ -27,7 +28,9 @@ def made(folder, shape, dtype=torch.float32, *, odd=False, window=None, count=1)
         stacks.append(tensors)
     maps = MappedFiles()
     blocks = [
-        OriginalBlock([f[f"t{i}"] for f in files], window or Window.whole(stacks[0]["t0"].numel()), maps)
+        OriginalBlock(
+            [f[f"t{i}"] for f in files], window or Window.whole(stacks[0]["t0"].numel()), maps, Kernels(compile=compile)
+        )
         for i in range(count)
     ]
     in_order(blocks)
@@ -54,6 +57,19 @@ def test_both_products(tmp_path, monkeypatch, dtype, tile):
         deltas = held - held.mean(dim=0)
         products = torch.einsum("ij,nij->n", grad.double(), deltas)
         torch.testing.assert_close(block.project(grad).double(), products, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, PIECES, 2 * PIECES + 3])
+def test_compiled_products(tmp_path, monkeypatch, n, dtype):
+    monkeypatch.setattr(originals, "_TILE", 400)
+    (block,), (held,) = made(tmp_path, (1000,), dtype, n=n, compile=True)
+    weights, grad, out = torch.randn(n).double(), torch.randn(1000), torch.empty(1000)
+    block.combine(weights, out)
+    torch.testing.assert_close(out.double(), weights @ held, rtol=1e-5, atol=1e-5)
+    products = (held - held.mean(dim=0)) @ grad.double()
+    torch.testing.assert_close(block.project(grad).double(), products, rtol=1e-4, atol=1e-4)
+    assert block.kernels.compiled
 
 
 def test_a_tensor_that_is_not_aligned(tmp_path):
@@ -87,7 +103,7 @@ def test_small_deltas_are_not_lost_in_rounding(tmp_path):
         held.append(base + 1e-5 * torch.randn(base.shape, generator=torch.Generator().manual_seed(k)))
         save_file({"t": held[-1]}, tmp_path / f"{k}.safetensors")
         files.append(read_header(tmp_path / f"{k}.safetensors")["t"])
-    block = OriginalBlock(files, Window.whole(len(base)), MappedFiles())
+    block = OriginalBlock(files, Window.whole(len(base)), MappedFiles(), Kernels(compile=False))
     values = torch.stack(held).double()
     grad = torch.randn(len(base))
     expected = (values - values.mean(dim=0)) @ grad.double()

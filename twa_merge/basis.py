@@ -22,8 +22,9 @@ from twa_merge.alignment import SoupTensor
 from twa_merge.blocks import TILE, Block
 from twa_merge.errors import UserError
 from twa_merge.groups import Groups
+from twa_merge.kernels import Kernels
 from twa_merge.originals import MappedFiles, OriginalBlock, in_order
-from twa_merge.storage import block_maker, check_storage
+from twa_merge.storage import block_maker, check_storage, kernels_for
 from twa_merge.tensorfile import RangeReader, Window
 
 if TYPE_CHECKING:
@@ -116,13 +117,16 @@ def build_basis(
     windows = {name: sharding.window_of(parameter) for name, parameter in parameters.items()}
     shares = sharding.shares_of(module)
     tensors = {name: _tensor_of(soup, name, parameter) for name, parameter in parameters.items()}
+    numel = sum(window.numel for window in windows.values())
     files = MappedFiles(owner=soup)
-    originals = {name: OriginalBlock(tensors[name].entries, window, files) for name, window in windows.items()}
+    # compiled where they learn; beside a basis they only score now and then
+    kernels = kernels_for(len(soup), numel) if storage == "disk" else Kernels(compile=False)
+    originals = {name: OriginalBlock(tensors[name].entries, window, files, kernels) for name, window in windows.items()}
     in_order(list(originals.values()))
     blocks: dict[str, Block] = dict(originals)
     make = None
     if storage != "disk":
-        make = block_maker(storage, len(soup), sum(window.numel for window in windows.values()))
+        make = block_maker(storage, len(soup), numel)
     row_of = {name: row for row, names in enumerate(groups.values()) for name in names}
     squares = torch.zeros(len(groups), len(soup) + 1, dtype=torch.float64)
     total = sum(entry.dtype.itemsize * windows[name].numel for name in windows for entry in tensors[name].entries)

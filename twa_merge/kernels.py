@@ -19,6 +19,8 @@ from twa_merge.quantize import dequantize, halves
 
 _COMPILED_TILES = 128
 _PLAIN_ELEMENTS = 1 << 20
+PIECES = 8
+"""What compiled kernels take at a time of tensors that lie apart; a kernel for each number would be many."""
 _WORTH_A_CALL = 1 << 18
 """Elements of a row: below that, BLAS is faster."""
 _ROWS, _PIECE = 16, 1 << 17
@@ -34,7 +36,7 @@ class Kernels:
     """
 
     def __init__(self, *, compile: bool) -> None:
-        kernels = (_combine, _project, _combine_rows, _add_rows)
+        kernels = (_combine, _project, _combine_rows, _add_rows, _add_pieces, _project_pieces)
         self._compiled: dict[Callable[..., None], Any] = {k: torch.compile(k) for k in kernels} if compile else {}
 
     @property
@@ -63,6 +65,33 @@ class Kernels:
             if not done:
                 return False  # the caller computes all of it again
         return True
+
+    def add_pieces(self, pieces: list[Tensor], weights: list[float], total_D: Tensor) -> None:
+        """Add `sum_i weights[i] * pieces[i]`, pieces of any float dtype that lie apart, to a float32 total."""
+        done = 0
+        while len(pieces) - done >= PIECES:
+            some = slice(done, done + PIECES)
+            row = torch.tensor(weights[some], dtype=torch.float32, device=total_D.device)
+            if not self._run(_add_pieces, 0, total_D, pieces[some], row):
+                break
+            done += PIECES
+        for piece, weight in zip(pieces[done:], weights[done:], strict=True):
+            total_D.add_(piece, alpha=weight)
+
+    def project_pieces(self, pieces: list[Tensor], start_D: Tensor, grad_D: Tensor) -> Tensor:
+        """Return float32 inner products of a float32 gradient with `pieces[i] - start`."""
+        found, done = [], 0
+        while len(pieces) - done >= PIECES:
+            products = torch.zeros(PIECES, device=grad_D.device)
+            if not self._run(_project_pieces, 0, grad_D, pieces[done : done + PIECES], start_D, products):
+                break
+            found.append(products)
+            done += PIECES
+        start_D, difference = start_D.float(), torch.empty_like(grad_D)
+        for piece in pieces[done:]:
+            torch.sub(piece.float(), start_D, out=difference)
+            found.append(torch.dot(difference, grad_D).unsqueeze(0))
+        return torch.cat(found)
 
     def combine(
         self, codes: Tensor, scales: Tensor | None, bits: int, weights_N: Tensor, centre_TB: Tensor, out_TB: Tensor
@@ -130,6 +159,18 @@ def _add_rows(rows_RD: Tensor, weights_R: Tensor, out_1D: Tensor) -> None:
     for row in range(len(rows_RD)):
         total = total + rows_RD[row] * weights_R[row]
     out_1D[0] = total
+
+
+def _add_pieces(total_D: Tensor, pieces: list[Tensor], weights: Tensor) -> None:
+    total = total_D
+    for i in range(PIECES):
+        total = total + pieces[i].float() * weights[i]
+    total_D.copy_(total)
+
+
+def _project_pieces(grad_D: Tensor, pieces: list[Tensor], start_D: Tensor, products: Tensor) -> None:
+    for i in range(PIECES):
+        products[i] += ((pieces[i].float() - start_D.float()) * grad_D).sum()
 
 
 def _combine(

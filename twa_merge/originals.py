@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twa_merge.kernels import Kernels
 from twa_merge.tensorfile import Entry, Window
 
 _TILE = 1 << 18
@@ -71,12 +72,13 @@ class OriginalBlock:
         entries: the parameter in each of N checkpoints.
         window: the part of it that this process deals with.
         files: shared by all blocks.
+        kernels: shared by all blocks.
     """
 
     nbytes = 0
 
-    def __init__(self, entries: Sequence[Entry], window: Window, files: MappedFiles) -> None:
-        self.entries, self.window, self.files = entries, window, files
+    def __init__(self, entries: Sequence[Entry], window: Window, files: MappedFiles, kernels: Kernels) -> None:
+        self.entries, self.window, self.files, self.kernels = entries, window, files, kernels
         self.before: OriginalBlock | None = None
         self.after: OriginalBlock | None = None
         self._updates = 0
@@ -119,10 +121,8 @@ class OriginalBlock:
         total = torch.zeros(len(self.entries), dtype=torch.float64)
         for first, position, count in self._tiles(range(len(self.entries)), self.before):
             part = flat[first : first + count].float()
-            start, difference = self._piece(0, position, count, part), torch.empty_like(part)
-            for k in range(1, len(self.entries)):
-                torch.sub(self._piece(k, position, count, part), start, out=difference)
-                total[k] += torch.dot(difference, part).double().cpu()
+            start, *others = (self._piece(k, position, count, part) for k in range(len(self.entries)))
+            total[1:] += self.kernels.project_pieces(others, start, part).double().cpu()
         return (total - total.mean()).to(grad.device, torch.float32)
 
     def _add(self, scale: float, weights: dict[int, float], out: Tensor) -> None:
@@ -133,15 +133,15 @@ class OriginalBlock:
             where = flat[first : first + count]
             total = where if direct else torch.empty(count, dtype=torch.float32, device=out.device)
             total.zero_() if scale == 0 else total.mul_(scale)
-            for k, weight in weights.items():
-                total.add_(self._piece(k, position, count, total), alpha=weight)
+            pieces = [self._piece(k, position, count, total) for k in weights]
+            self.kernels.add_pieces(pieces, list(weights.values()), total)
             if not direct:
                 where.copy_(total)
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
 
     def _piece(self, k: int, position: int, count: int, like: Tensor) -> Tensor:
-        return self.files.view(self.entries[k], position, count).to(like.device, torch.float32)
+        return self.files.view(self.entries[k], position, count).to(like.device)
 
     def _tiles(
         self, members: Sequence[int] | dict[int, float], following: OriginalBlock | None

@@ -32,12 +32,17 @@ def block_maker(storage: str, num_checkpoints: int, numel: int) -> Callable[[int
     Args:
         storage: one of `IN_MEMORY`.
         num_checkpoints: N.
-        numel: elements of all parameters; kernels are compiled for large models alone, where that pays.
+        numel: elements of all parameters.
     """
-    kernels = Kernels(compile=num_checkpoints * numel >= _WORTH_COMPILING)
+    kernels = kernels_for(num_checkpoints, numel)
     if storage == "float32":
         return lambda size: FloatBlock(num_checkpoints, size, kernels)
     return lambda size: TiledBlock(num_checkpoints, size, BITS[storage], kernels)
+
+
+def kernels_for(num_checkpoints: int, numel: int) -> Kernels:
+    """Return kernels that are compiled if the basis has so many elements that it pays."""
+    return Kernels(compile=num_checkpoints * numel >= _WORTH_COMPILING)
 
 
 def bytes_of(storage: str, num_checkpoints: int, numel: int) -> int:
