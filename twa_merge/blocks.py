@@ -16,7 +16,8 @@ from torch import Tensor
 from twa_merge.kernels import Kernels
 from twa_merge.quantize import BLOCK, quantize
 
-TILE = 2048
+TILE = 4096
+"""Elements of a tile of codes; tiles of bfloat16 have half as many. Measured: docs/performance.md."""
 _APART, _LINE = 1024, 16
 """Elements of 4 KiB and of a cache line."""
 _HUGE_PAGE = 1 << 21
@@ -90,7 +91,8 @@ class TiledBlock:
 
     def __init__(self, num_checkpoints: int, numel: int, bits: int, kernels: Kernels) -> None:
         self.bits, self.kernels, self.numel = bits, kernels, numel
-        self.tile = max(2 * BLOCK, min(TILE, -(-numel // (2 * BLOCK)) * 2 * BLOCK))
+        longest = TILE // 2 if bits == 16 else TILE
+        self.tile = max(2 * BLOCK, min(longest, -(-numel // (2 * BLOCK)) * 2 * BLOCK))
         tiles = -(-numel // self.tile)
         dtype = {16: torch.bfloat16, 8: torch.int8, 4: torch.uint8}[bits]
         width = self.tile // 2 if bits == 4 else self.tile

@@ -17,7 +17,7 @@ from torch import Tensor
 from twa_merge.memory import is_out_of_memory
 from twa_merge.quantize import dequantize, halves
 
-_COMPILED_TILES = 128
+_COMPILED_ELEMENTS = 1 << 20
 _PLAIN_ELEMENTS = 1 << 20
 PIECES = 8
 """What compiled kernels take at a time of tensors that lie apart; a kernel for each number would be many."""
@@ -97,7 +97,7 @@ class Kernels:
         self, codes: Tensor, scales: Tensor | None, bits: int, weights_N: Tensor, centre_TB: Tensor, out_TB: Tensor
     ) -> None:
         """Write `centre + sum_k weights[k] * delta_k` into `out_TB`, of any float dtype."""
-        for part in self._parts(codes):
+        for part in self._parts(codes, centre_TB.shape[1]):
             chosen = (codes[part], None if scales is None else scales[part])
             if not self._run(_combine, 0, *chosen, bits, weights_N, centre_TB[part], out_TB[part]):
                 out_TB[part] = centre_TB[part] + torch.matmul(weights_N, dequantize(*chosen, bits))
@@ -105,7 +105,7 @@ class Kernels:
     def project(self, codes: Tensor, scales: Tensor | None, bits: int, grad_TB: Tensor) -> Tensor:
         """Return the (N,) float32 inner products of a gradient, of any float dtype, with the deltas."""
         total = torch.zeros(codes.shape[1], dtype=torch.float32, device=codes.device)
-        for part in self._parts(codes):
+        for part in self._parts(codes, grad_TB.shape[1]):
             chosen = (codes[part], None if scales is None else scales[part])
             products = torch.zeros_like(total)  # a kernel that fails half way leaves nothing in the total
             if not self._run(_project, 0, *chosen, bits, grad_TB[part], products):
@@ -114,10 +114,10 @@ class Kernels:
             total += products
         return total
 
-    def _parts(self, codes: Tensor) -> Iterator[slice]:
-        per_tile = codes.shape[1] * codes.shape[2] * 2
+    def _parts(self, codes: Tensor, tile: int) -> Iterator[slice]:
+        per_tile = codes.shape[1] * tile
         if codes.device.type == "cpu":
-            size = _COMPILED_TILES if self.compiled else max(1, _PLAIN_ELEMENTS // per_tile)
+            size = _COMPILED_ELEMENTS // tile if self.compiled else max(1, _PLAIN_ELEMENTS // per_tile)
         else:  # one launch; without a compiler a few, of bounded memory
             size = max(1, len(codes)) if self.compiled else max(1, 64 * _PLAIN_ELEMENTS // per_tile)
         for first in range(0, len(codes), size):
