@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import twa_merge as twa
-from twa_merge import blocks, job, memory
+from twa_merge import blocks, job_model, memory
 from twa_merge.memory import OutOfMemory, is_out_of_memory, smaller_batch
 from twa_merge.recipe import DataConfig, Recipe
 
@@ -89,14 +89,14 @@ def test_scoring_goes_on_in_smaller_passes(soup, capsys):
 
 def test_where_one_sample_is_too_much_the_basis_gets_smaller(soup, tmp_path, monkeypatch, capsys):
     module = Hungry()
-    built, merged_model = [], job.merged_model
+    built, merged_model = [], job_model.merged_model
 
     def recorded(*args, **kwargs):
         built.append(kwargs["storage"])
         module.most[True] = 8 if kwargs["storage"] == "int8" else 0
         return merged_model(*args, **kwargs)
 
-    monkeypatch.setattr(job, "merged_model", recorded)
+    monkeypatch.setattr(job_model, "merged_model", recorded)
     _, result = learned(soup, module, output=tmp_path / "out")
     assert built == ["float32", "bfloat16", "int8"] and result.storage == "int8"
     lines = capsys.readouterr().err

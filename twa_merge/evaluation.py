@@ -6,7 +6,6 @@ Legend: S samples, R resamples.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from twa_merge.batch_scorer import BatchScorer
 from twa_merge.errors import UserError
-from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
 from twa_merge.metrics import Metric, standard_error
-from twa_merge.sharding import is_sharded
-from twa_merge.task_base import Task, to_device
+from twa_merge.task_base import Task
 
 _RESAMPLES_AT_ONCE = 100
 _Row = tuple[int, np.ndarray, np.ndarray, list[Any], list[Any]]
@@ -128,7 +126,7 @@ def evaluate(
         autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
     loader = _loader(dataset, [batches[number] for number in mine], task, num_workers)
     rows: dict[int, _Row] = {}
-    scoring = _Scoring(module, task, autocast, dataset)
+    scoring = BatchScorer(module, task, autocast, dataset)
     with evaluation_mode(module), torch.no_grad():
         for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
             rows[number] = (number, *scoring.score(batch, batches[number]))
@@ -183,66 +181,6 @@ def _weighted_mean(values_S: np.ndarray, weights_S: np.ndarray) -> Scores:
 def _check_paired(a: Evaluation, b: Evaluation) -> None:
     if not np.array_equal(a.weights_S, b.weights_S):
         raise ValueError(f"evaluations are not of the same samples: {len(a.weights_S)} and {len(b.weights_S)}")
-
-
-def _score(module: nn.Module, batch: Any, task: Task, autocast: Callable[[], Any]) -> tuple[Any, ...]:
-    parameter = next(module.parameters(), None)
-    if parameter is not None:
-        batch = to_device(batch, parameter.device)
-    asked = [metric for metric in task.metrics if not metric.from_loss]
-    predictions: list[Any] = []
-    references: list[Any] = []
-    with autocast():
-        outputs = task.forward(module, batch)
-        loss, weight = task.sample_losses(outputs, batch)
-        if asked and task.predictions is not None and not any(metric.needs_text for metric in asked):
-            predictions, references = task.predictions(outputs, batch)
-        elif asked and task.generate is not None:
-            del outputs
-            predictions, references = task.generate(module, batch)
-        elif asked:
-            need = "text" if asked[0].needs_text else "predictions"
-            raise UserError(f"metric {asked[0].name}: needs {need}, which {task.name} does not give")
-    return loss.double().cpu().numpy(), weight.double().cpu().numpy(), predictions, references
-
-
-class _Scoring:
-    """Scores batches, in smaller parts once memory has run out."""
-
-    def __init__(self, module: nn.Module, task: Task, autocast: Callable[[], Any], dataset: Any) -> None:
-        self.module, self.task, self.autocast, self.dataset = module, task, autocast, dataset
-        self.most: int | None = None
-        # processes that share a model take part in each other's passes: they must make equally many
-        self.may_divide = not is_sharded(module)
-
-    def score(self, batch: Any, samples: list[int]) -> tuple[Any, ...]:
-        """Return losses, weights, predictions and references of a batch, made of these samples."""
-        while True:
-            try:
-                if self.most is None or len(samples) <= self.most:
-                    return _score(self.module, batch, self.task, self.autocast)
-                return self._in_parts(samples, self.most)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                tried = min(self.most or len(samples), len(samples))
-                if tried == 1 or not self.may_divide:
-                    raise OutOfMemory(
-                        f"out of memory with {tried} sample(s) in a scoring pass: try a smaller --eval-batch-size, "
-                        "--mixed-precision bf16 or shorter inputs (--max-length)"
-                    ) from error
-                self.most = tried // 2
-            drop_cached()
-            say(f"out of memory with {tried} samples in a scoring pass: going on with {self.most}")
-
-    def _in_parts(self, samples: list[int], size: int) -> tuple[Any, ...]:
-        parts = []
-        for start in range(0, len(samples), size):
-            batch = self.task.collate([self.dataset[i] for i in samples[start : start + size]])
-            parts.append(_score(self.module, batch, self.task, self.autocast))
-        losses, weights, *others = zip(*parts, strict=True)
-        predictions, references = (list(itertools.chain.from_iterable(lists)) for lists in others)
-        return np.concatenate(losses), np.concatenate(weights), predictions, references
 
 
 def _loader(dataset: Any, batches: list[list[int]], task: Task, num_workers: int) -> Any:

@@ -12,32 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from twa_merge import buffers, league
 from twa_merge.assembly import (
-    config_folder,
-    free_in_every_process,
-    load_architecture,
     make_accelerator,
     make_task,
-    merged_model,
-    storage_for,
 )
 from twa_merge.checkpoints import Soup, require_several
 from twa_merge.errors import UserError
 from twa_merge.folds import FoldLearner, StateFolder
 from twa_merge.job_data import content_digest, open_job_data
+from twa_merge.job_model import ModelBuilder
 from twa_merge.league import Candidate, Folds, Scorer, Verdict
-from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
+from twa_merge.memory import OutOfMemory, drop_cached
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.plan import output_dtype
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.sources import require_order
-from twa_merge.storage import next_smaller
 from twa_merge.tasks import Task
 from twa_merge.training import Learned
 from twa_merge.writer import shard_bytes, write
@@ -105,7 +99,7 @@ class Job:
     def _run(self) -> Result:
         require_several(self.soup.labels)
         self.check_settings()
-        self.accelerator = make_accelerator(self.recipe)
+        self.set_up()
         self.stage("data", self.open_data)
         assert self.task is not None
         self.stage("basis", self.build_model)
@@ -169,6 +163,11 @@ class Job:
         if self.recipe.ordered:
             require_order(self.soup.labels)
 
+    def set_up(self) -> None:
+        """Start what every later stage needs: processes and devices."""
+        self.accelerator = make_accelerator(self.recipe)
+        self.builder = ModelBuilder(self.recipe, self.soup, self.accelerator, self.module, progress=self.progress)
+
     def open_data(self, *, divide: bool = True) -> None:
         """Open the splits and divide the held-out data, unless nothing is learned."""
         holds_features = self.task is not None
@@ -177,81 +176,13 @@ class Job:
         self.data = open_job_data(self.recipe, self.splits, self.task, holds_features=holds_features, divide=divide)
 
     def build_model(self, storage: str | None = None) -> None:
-        """Put model and basis together, in a smaller storage than asked for if memory runs out.
+        """Put model, basis and scorer together.
 
         Args:
             storage: in place of the recipe's.
         """
-        if self.module is None and self.recipe.data.preprocess is not None:
-            self.module = load_architecture(config_folder(self.soup))
-        storage = storage or self.choose_storage()
-        while True:
-            if self._build(storage):
-                break
-            storage = self.smaller_storage(storage, "")
-        if self.recipe.learn.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.model = self.builder.build(storage)
         self.scorer = self.make_scorer()
-
-    def _build(self, storage: str) -> bool:
-        """Return whether model and basis fit in every process."""
-        learn_config, world = self.recipe.learn, self.accelerator.num_processes
-        failed, model = False, None
-        try:
-            model = merged_model(
-                self.soup,
-                self.module,
-                task=self.recipe.task,
-                granularity=learn_config.granularity,
-                coordinates=learn_config.coordinates,
-                dtype=self.recipe.dtype,
-                storage=storage,
-                shard=learn_config.shard,
-                device=self.accelerator.device,
-                progress=self.progress and self.accelerator.is_main_process,
-            )
-            model.to(self.accelerator.device)
-        except Exception as error:
-            if not is_out_of_memory(error) or (learn_config.shard != "none" and world > 1):
-                raise  # the others are waiting inside
-            failed = True
-        told = torch.tensor(float(failed), device=self.accelerator.device)
-        if float(self.accelerator.reduce(told, reduction="sum")) > 0:
-            if model is not None:
-                model.unload()
-            del model
-            drop_cached()
-            return False
-        assert model is not None
-        self.model = model
-        return True
-
-    def smaller_storage(self, storage: str, advice: str) -> str:
-        """Return the next smaller storage, and say that it is taken.
-
-        Raises:
-            OutOfMemory: there is none.
-        """
-        smaller = next_smaller(storage)
-        if smaller is None:
-            raise OutOfMemory(advice or f"out of memory with storage {storage}: the model itself does not fit here")
-        say(
-            f"out of memory with storage {storage}: going on with {smaller}",
-            main_process=self.accelerator.is_main_process,
-        )
-        return smaller
-
-    def choose_storage(self) -> str:
-        """Return the recipe's storage, or for `auto` the one that fits in every process."""
-        if self.recipe.learn.storage != "auto":
-            return self.recipe.learn.storage
-        world = self.accelerator.num_processes
-        free = free_in_every_process(self.accelerator.device)
-        sharing = world if self.recipe.learn.shard != "none" else 1
-        storage, line = storage_for(self.soup, free, processes=sharing)
-        if self.progress:
-            say(line, main_process=self.accelerator.is_main_process)
-        return storage
 
     def make_scorer(self) -> Scorer:
         from torch.utils.data import DataLoader, Subset
@@ -292,7 +223,7 @@ class Job:
             try:
                 return self.make_learner().run()
             except OutOfMemory as error:
-                storage = self.smaller_storage(self.model.basis.storage, str(error))
+                storage = self.builder.smaller_storage(self.model.basis.storage, str(error))
             self.model.unload()  # a module of the user's must be as it was
             self.model = self.scorer.model = None  # type: ignore[assignment]
             drop_cached()

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from twa_merge import mixing
-from twa_merge.assembly import make_accelerator
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
@@ -88,7 +87,7 @@ def evaluate_checkpoints(recipe: Recipe) -> dict[str, Evaluation]:
     """Return each checkpoint's evaluation on a split, as it is."""
     soup = Soup(recipe.checkpoints, allow_pickle=recipe.allow_pickle)
     job = Job(recipe, soup, {})
-    job.accelerator = make_accelerator(recipe)
+    job.set_up()
     job.open_data(divide=False)
     job.build_model("disk")  # nothing learns: no basis is needed
     return {label: job.scorer(mixing.one_hot(k, soup.labels)) for k, label in enumerate(soup.labels)}
@@ -97,7 +96,7 @@ def evaluate_checkpoints(recipe: Recipe) -> dict[str, Evaluation]:
 def choose_baseline(recipe: Recipe, soup: Soup, method: str) -> MixingWeights:
     """Return the greedy soup or the best single checkpoint on all held-out data, statistics recomputed."""
     job = Job(recipe, soup, {})
-    job.accelerator = make_accelerator(recipe)
+    job.set_up()
     job.open_data(divide=False)
     job.build_model("disk")  # nothing learns: no basis is needed
     chooser = {"greedy": greedy_soup, "best": best_single}[method]
