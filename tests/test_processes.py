@@ -76,7 +76,7 @@ def text(tmp_path_factory):
         factory.make_tokenizer(member)
     write_rows(folder / "data/validation.csv", factory.text_rows(40))
     command = ["train", *map(str, sorted((folder / "soup").iterdir())), "--data", str(folder / "data")]
-    command += ["--steps", "12", "--batch-size", "8", "--granularity", "layer", "--device", "cpu"]
+    command += ["--steps", "12", "--batch-size", "8", "--granularity", "layer"]
     assert main([*command, "--output", str(folder / "alone")]) == 0
     return folder, command
 

@@ -159,10 +159,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     torch.manual_seed(recipe.learn.seed)
     # the others wait while one writes; torchrun notices a process that has died
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    # without a GPU, Accelerate takes several processes for single ones unless it is told that they are to use the CPU
+    on_cpu = recipe.device == "cpu" or not torch.accelerator.is_available()
     try:
-        return Accelerator(
-            mixed_precision=recipe.learn.mixed_precision, cpu=recipe.device == "cpu", kwargs_handlers=[patient]
-        )
+        return Accelerator(mixed_precision=recipe.learn.mixed_precision, cpu=on_cpu, kwargs_handlers=[patient])
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
