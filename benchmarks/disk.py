@@ -50,12 +50,16 @@ def measure(folders: list[Path], storage: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     module = GPT2LMHeadModel.from_pretrained(folders[0])
     batch = {name: torch.randint(0, 50257, (BATCH, LENGTH)) for name in ("input_ids", "labels")}
-    module(**batch).loss.backward()
-    module.zero_grad()
+    plain = []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        module(**batch).loss.backward()
+        module.zero_grad()
+        plain.append(time.perf_counter() - start)
     soup = twa.Soup(folders)
     files = [file for source in soup.sources for file in source.files]
     read_all(files)  # what fits is in the cache
-    found: dict[str, Any] = {"reading": [read_all(files)]}
+    found: dict[str, Any] = {"reading": [read_all(files)], "plain": plain[1:]}
     before = memory()["RssAnon"]
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -102,7 +106,7 @@ def main() -> None:
         command += ["--checkpoints", str(args.checkpoints), "--storages", storage]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        step, reading = statistics.median(found["steps"]), statistics.median(found["reading"])
+        step, reading, plain = (statistics.median(found[what]) for what in ("steps", "reading", "plain"))
         setup, peak, basis, group, private = (
             found[what] / 1e6 for what in ("setup", "setup_peak", "basis", "group", "private")
         )
@@ -110,6 +114,7 @@ def main() -> None:
             f"{storage:8s} N={args.checkpoints}: set-up {1e6 * setup:.1f} s = {1e6 * setup / reading:.2f} of reading "
             f"once, peak {peak:.0f} MB (basis {basis:.0f} MB, largest tensor of all checkpoints {group:.0f} MB); "
             f"step {step:.2f} s = {step / (2 * reading):.2f} of reading twice ({2 * reading:.2f} s), "
+            f"less a plain step ({plain:.2f} s) {(step - plain) / (2 * reading):.2f}, "
             f"private memory {private:.0f} MB",
             flush=True,
         )

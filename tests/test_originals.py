@@ -1,5 +1,7 @@
 """Products straight from the files: both, in place, of a part of a tensor, in any dtype, while a soup learns."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,6 +79,30 @@ def test_a_tensor_that_is_not_aligned(tmp_path):
     out = torch.empty(40)
     block.combine(torch.full((N,), 0.25), out)
     torch.testing.assert_close(out.double(), held.mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot say what it holds in memory")
+def test_only_what_is_not_in_memory_is_read_ahead(tmp_path, monkeypatch):
+    blocks, _ = made(tmp_path, (3, 1000))
+    entry, files = blocks[0].entries[0], blocks[0].files
+    entry.file.read_bytes()
+    file = files._map(entry.file)[0]
+    assert originals._in_memory(file, entry.start)
+    assert not originals._in_memory(file, 1 << 40)
+
+    class Mapped:
+        asked = 0
+
+        def madvise(self, *arguments):
+            self.asked += 1
+
+    mapped = Mapped()
+    files._maps[entry.file] = (file, mapped, files._maps[entry.file][2])
+    files.read_ahead(entry, 0, 3000)
+    assert mapped.asked == 0
+    monkeypatch.setattr(originals, "_in_memory", lambda *_: False)
+    files.read_ahead(entry, 0, 3000)
+    assert mapped.asked == 1
 
 
 @pytest.mark.parametrize(("dim", "start", "length"), [(0, 1, 3), (1, 4, 6), (2, 0, 1), (1, 2, 0)])
