@@ -103,6 +103,20 @@ def test_the_end_of_one_process_is_the_end_of_all_and_one_goes_on(text, tmp_path
     torch.testing.assert_close(table(out), table(folder / "alone"), rtol=1e-3, atol=1e-4)
 
 
+def test_one_process_prints_and_writes_what_all_have_scored(text, tmp_path):
+    folder, command = text
+    members, data = [*map(str, sorted((folder / "soup").iterdir()))], str(folder / "data")
+    done = torchrun(tmp_path, ["evaluate", *members, "--data", data])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" accuracy |") == 1
+    for method in ("greedy", "uniform"):
+        out = tmp_path / method
+        command = ["average", *members, "--method", method, "--output", str(out)]
+        done = torchrun(tmp_path, [*command, *(["--data", data] if method == "greedy" else [])])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("merged ") == 1 and (out / "model.safetensors").is_file()
+
+
 def test_texts_are_generated_by_a_model_that_is_spread(tmp_path):
     for member in factory.make_soup("t5", tmp_path / "soup"):
         factory.make_tokenizer(member)

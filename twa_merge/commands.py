@@ -43,9 +43,14 @@ def _run_and_print(recipe: Recipe, args: argparse.Namespace) -> None:
     from twa_merge.runner import run_recipe
 
     result = run_recipe(recipe, resume=args.resume, overwrite=args.overwrite)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main_process():
         print_result(result, as_json=args.json)
     _end_processes()
+
+
+def _is_main_process() -> bool:
+    """Whether this is the process that prints and writes, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _end_processes() -> None:
@@ -76,8 +81,12 @@ def average(args: argparse.Namespace) -> None:
 
     soup = Soup(args.checkpoints, allow_pickle=args.allow_pickle)
     require_several(soup.labels)
-    check_output(Path(args.output), soup, overwrite=args.overwrite)
-    _write(soup, _fixed_weights(args, soup), args)
+    if _is_main_process():
+        check_output(Path(args.output), soup, overwrite=args.overwrite)
+    weights = _fixed_weights(args, soup)
+    if _is_main_process():
+        _write(soup, weights, args)
+    _end_processes()
 
 
 def _fixed_weights(args: argparse.Namespace, soup: Soup) -> MixingWeights:
@@ -115,7 +124,8 @@ def apply(args: argparse.Namespace) -> None:
 
     weights = MixingWeights.load(args.weights)
     soup = Soup(args.checkpoints, allow_pickle=args.allow_pickle)
-    _write(soup, weights, args)
+    if _is_main_process():
+        _write(soup, weights, args)
 
 
 def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None:
@@ -150,6 +160,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from twa_merge.runner import evaluate_checkpoints
 
     found = evaluate_checkpoints(_recipe(args))
+    _end_processes()
+    if not _is_main_process():
+        return
     if args.json:
         rows = {
             label: {name: finite(e.metric(name).value) for name in ("loss", *(m.name for m in e.metrics))}
