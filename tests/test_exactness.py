@@ -180,6 +180,34 @@ def test_a_nan_names_checkpoint_and_tensor_and_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["soup"]
 
 
+def test_infinities_that_all_share_are_kept(tmp_path):
+    """Masks are such buffers; an infinity of one checkpoint alone is damage."""
+    for k in range(3):
+        (tmp_path / str(k)).mkdir()
+        mask = torch.full((4, 4), -torch.inf).triu(1)
+        save_file({"mask": mask, "weight": torch.full((4,), float(k))}, tmp_path / str(k) / "model.safetensors")
+    soup = Soup([tmp_path / str(k) for k in range(3)])
+    for name, table in (("uniform", mixing.uniform(soup.labels)), ("one", mixing.one_hot(1, soup.labels))):
+        write(soup, table, tmp_path / name)
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["mask"], mask)
+    mask[0, 0] = -torch.inf
+    save_file({"mask": mask, "weight": torch.zeros(4)}, tmp_path / "2/model.safetensors")
+    with pytest.raises(UserError, match="2: tensor 'mask' holds NaN or infinity"):
+        write(soup, mixing.uniform(soup.labels), tmp_path / "damaged")
+
+
+def test_side_files_of_any_tokenizer_are_there(tmp_path):
+    members = factory.make_soup("bert", tmp_path / "soup")
+    for name in ("source.spm", "bpe.codes", "prophetnet.tokenizer", "chat_template.jinja"):
+        (members[0] / name).write_text("x")
+    (members[0] / "training_args.bin").write_text("x")
+    soup = Soup(members)
+    write(soup, mixing.uniform(soup.labels), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"source.spm", "bpe.codes", "prophetnet.tokenizer", "chat_template.jinja"}
+    assert "training_args.bin" not in names
+
+
 def test_integers_must_be_equal_but_counters_need_not(tmp_path):
     folders = factory.make_soup("tiny_resnet", tmp_path)  # num_batches_tracked differs
     soup = Soup(folders)

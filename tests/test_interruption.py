@@ -9,11 +9,13 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests import factory
 from tests.test_cli import write_rows
+from twa_merge.publish import publish
 
 STAGES = {
     "header reading": ("twa_merge.tensorfile", "read_header", 2),
@@ -140,3 +142,21 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_finished(soup, tmp_
     lines = (tmp_path / "stderr").read_text().strip().splitlines()
     assert len([line for line in lines if line.startswith("twa-merge: ")]) == 1, lines
     assert not out.exists()
+
+
+def test_an_overwrite_that_is_interrupted_leaves_the_earlier_merge(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mixing_weights.json").write_text("earlier")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if ".unfinished-" in self.name and not self.name.endswith(".replaced"):
+            raise SystemExit(143)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit), publish(out, overwrite=True) as folder:
+        (folder / "mixing_weights.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "mixing_weights.json").read_text() == "earlier"

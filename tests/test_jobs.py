@@ -1,5 +1,6 @@
 """The whole job for every kind of task: folders and data in, a merged folder out that transformers takes up again."""
 
+import copy
 import io
 import json
 import sys
@@ -219,3 +220,87 @@ def test_pickles_are_read_only_when_asked_for_and_never_run(tmp_path, capsys):
     assert main([*command[:-1], str(tmp_path / "other"), "--allow-pickle"]) == 2
     assert str(members[1]) in capsys.readouterr().err
     assert not (tmp_path / "executed").exists() and not (tmp_path / "other").exists()
+
+
+class Permuted(torch.nn.Module):
+    """Buffers and parameters that are not averaged, and a tie whose first name is not the one on disk."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.randperm(16))
+        self.flips = torch.nn.Parameter(torch.randint(0, 2, (16,)), requires_grad=False)
+        self.tok = torch.nn.Linear(16, 16, bias=False)
+        self.body = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 16, bias=False)
+        self.head.weight = self.tok.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(self.tok((x * (1 - 2 * self.flips))[:, self.order]))))
+
+
+def test_what_is_scored_of_a_module_is_what_its_checkpoints_compute(tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    torch.manual_seed(0)
+    base = Permuted()
+    for k in range(3):
+        member = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in (member.tok.weight, *member.body.parameters()):
+                p += 0.1 * torch.randn_like(p)
+        save_model(member, tmp_path / f"{k}.safetensors")
+    x = torch.randn(300, 16)
+    data = [(row, label) for row, label in zip(x, base(x).argmax(dim=1), strict=True)]
+    soup = twa.Soup(sorted(tmp_path.glob("*.safetensors")))
+    loss, output = torch.nn.functional.cross_entropy, tmp_path / "merged"
+    result = twa.train(soup, data, module=Permuted(), loss=loss, test=data[:200], steps=10, output=output)
+    single = next(c for c in result.league if c.name == "best single")
+    member = Permuted()
+    load_model(member, tmp_path / f"{single.weights.one_hot_column()}.safetensors")
+    targets = torch.stack([label for _, label in data[:200]])
+    assert single.test.loss.value == pytest.approx(loss(member(x[:200]), targets).item(), rel=1e-4)
+    load_model(member, output / "model.safetensors")
+    learned = result.verdict.winner
+    assert learned.test.loss.value == pytest.approx(loss(member(x[:200]), targets).item(), rel=1e-4)
+
+
+def test_one_checkpoint_far_off_does_not_spoil_the_scores_of_the_others(tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(16, 2)
+    for k in range(4):
+        state = {name: value + 0.1 * torch.randn_like(value) for name, value in base.state_dict().items()}
+        if k == 1:
+            state["weight"] *= 1e8
+        save_file(state, tmp_path / f"{k}.safetensors")
+    x = torch.randn(300, 16)
+    data = [(row, label) for row, label in zip(x, base(x).argmax(dim=1), strict=True)]
+    soup = twa.Soup(sorted(tmp_path.glob("*.safetensors")))
+    loss = torch.nn.functional.cross_entropy
+    scores = {}
+    for storage in ("float32", "disk"):
+        result = twa.train(soup, data, module=torch.nn.Linear(16, 2), loss=loss, steps=3, storage=storage)
+        scores[storage] = [c.select.loss.value for c in result.league if not c.learned]
+    assert scores["float32"] == pytest.approx(scores["disk"], rel=1e-5)
+
+
+def test_equal_checkpoints_leave_nothing_to_learn(tmp_path):
+    for k in range(2):
+        save_file(
+            torch.nn.Linear(4, 2).state_dict() if k == 0 else load_file(tmp_path / "0.safetensors"),
+            tmp_path / f"{k}.safetensors",
+        )
+    data = [(torch.randn(4), torch.tensor(k % 2)) for k in range(20)]
+    soup = twa.Soup(sorted(tmp_path.glob("*.safetensors")))
+    with pytest.raises(twa.UserError, match="the 2 checkpoints do not differ: there is nothing to learn"):
+        twa.train(soup, data, module=torch.nn.Linear(4, 2), loss=torch.nn.functional.cross_entropy)
+
+
+def test_samples_without_a_label_are_no_reason_to_stop(tmp_path):
+    for k in range(2):
+        torch.manual_seed(k)
+        save_file(torch.nn.Linear(4, 2).state_dict(), tmp_path / f"{k}.safetensors")
+    data = [(torch.randn(4), torch.tensor(k % 2 if k % 3 else -100)) for k in range(30)]
+    soup = twa.Soup(sorted(tmp_path.glob("*.safetensors")))
+    loss = torch.nn.functional.cross_entropy
+    result = twa.train(soup, data, module=torch.nn.Linear(4, 2), loss=loss, batch_size=1, steps=40)
+    assert all(row["fit_loss"] == row["fit_loss"] for row in result.learned[0].curve[1:])

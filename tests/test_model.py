@@ -325,3 +325,20 @@ def test_saved_configs_keep_their_dropout(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert '"hidden_dropout_prob": 0.1' in (tmp_path / "saved/config.json").read_text()
     assert model.module.config.hidden_dropout_prob == 0.0
+
+
+def test_methods_of_the_module_read_the_present_merge(tmp_path):
+    soup = Soup(factory.make_soup("gpt2", tmp_path, scale=0.5))
+    model = merged_model(soup)
+    ids = torch.tensor([[5, 6, 7]])
+
+    def generated(module):
+        return module.generate(ids, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+    with torch.no_grad():
+        model.twa_coefficients[:, 0] += 0.8
+    learned = generated(model).logits[0]
+    torch.testing.assert_close(learned, model(ids).logits[:, -1])
+    with model.materialized(mixing.one_hot(2, soup.labels)):
+        pass
+    torch.testing.assert_close(generated(model).logits[0], learned)

@@ -206,6 +206,23 @@ def test_updates_in_place_do_not_drift(tmp_path):
     torch.testing.assert_close(out.double(), held[:2].mean(dim=0), rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("n", [10, 40])
+def test_updates_do_not_multiply_what_was_rounded(tmp_path, n):
+    (block,), (held,) = made(tmp_path, (100,), n=n)
+    labels = tuple(str(k) for k in range(n))
+    little = torch.full((n,), (1 - 1e-6) / (n - 1), dtype=torch.float64)
+    little[0] = 1e-6
+    tables = [mixing.ema(decay, labels) for decay in (0.5, 0.7, 0.8, 0.9)]
+    tables += [mixing.one_row(little, labels), mixing.ema(0.6, labels)]
+    out, before = torch.empty(100), tables[0].row("any")
+    block.combine(before, out)
+    for table in tables[1:]:
+        row = table.row("any")
+        block.update(before, row, out)
+        torch.testing.assert_close(out.double(), row @ held, rtol=1e-6, atol=1e-6)
+        before = row
+
+
 @pytest.mark.parametrize("storage", ["int4", "disk"])
 @pytest.mark.parametrize("kind", ["gpt2", "vit", "t5"])
 def test_tables_are_put_in_place_exactly(tmp_path, kind, storage):

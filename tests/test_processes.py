@@ -29,6 +29,21 @@ def dying(self, *arguments):
     return step_on(self, *arguments)
 if "DIE" in os.environ:
     training._Run.step_on = dying
+if "SCARCE" in os.environ:
+    from twa_merge import batch_scorer, folds, job_model
+    learn, score, smaller = folds.learn, batch_scorer._score, job_model.ModelBuilder.smaller_storage
+    scarce = [False]
+    def learning(*arguments, **options):
+        scarce[0] = None if scarce[0] is None else True
+        return learn(*arguments, **options)
+    def scoring(*arguments):
+        if os.environ["RANK"] == "1" and scarce[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return score(*arguments)
+    def moving(*arguments):
+        scarce[0] = None
+        return smaller(*arguments)
+    folds.learn, batch_scorer._score, job_model.ModelBuilder.smaller_storage = learning, scoring, moving
 from twa_merge.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -101,6 +116,17 @@ def test_the_end_of_one_process_is_the_end_of_all_and_one_goes_on(text, tmp_path
     assert not out.exists() and (tmp_path / ".out.twa-state").is_dir()
     assert main([*command, "--output", str(out), "--resume"]) == 0
     torch.testing.assert_close(table(out), table(folder / "alone"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shard, expected", [("none", 0), ("model", 2)])
+def test_where_one_process_cannot_score_all_go_on_or_end(text, tmp_path, shard, expected):
+    _, command = text
+    done = torchrun(tmp_path, [*command, "--shard", shard, "--output", str(tmp_path / "out")], SCARCE="1")
+    if expected == 0:
+        assert done.returncode == 0, done.stderr
+        assert "out of memory with storage float32: going on with bfloat16" in done.stderr
+    else:  # the others wait inside the model: there is no going on
+        assert done.returncode != 0 and "out of memory with" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_one_process_prints_and_writes_what_all_have_scored(text, tmp_path):

@@ -50,6 +50,22 @@ def learned_table(folder, **options):
     return next(c for c in result.league if c.learned).weights.table, result
 
 
+def test_a_granularity_given_as_a_tuple_resumes(soup_folder, tmp_path):
+    state = tmp_path / "out"
+    calls = []
+    patterns = ("*layer*", "*")
+    with pytest.MonkeyPatch.context() as patch:
+        save = twa_training._Run.save
+        patch.setattr(
+            twa_training._Run, "save", lambda run, file: (save(run, file), calls.append(1), 1 / (len(calls) < 3))
+        )
+        with pytest.raises(ZeroDivisionError):
+            learned_table(soup_folder, granularity=patterns, evaluations=6, output=state)
+    whole, _ = learned_table(soup_folder, granularity=patterns, evaluations=6)
+    resumed, _ = learned_table(soup_folder, granularity=patterns, evaluations=6, output=state, resume=True)
+    torch.testing.assert_close(resumed, whole)
+
+
 def test_steps_see_the_same_samples_however_divided():
     config = LearnConfig(batch_size=4, accumulation=1)
     whole = [set(b) for b in batch_indices(10, config, range(5))]

@@ -20,13 +20,17 @@ from twa_merge.basis import build_basis, mergeable_parameters
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.groups import group_parameters
+from twa_merge.kernels import Kernels
 from twa_merge.memory import free_memory
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
+from twa_merge.originals import MappedFiles, OriginalBlock
 from twa_merge.recipe import Recipe
 from twa_merge.sharding import SHARDS
+from twa_merge.sources import SIDE_SUFFIXES
 from twa_merge.storage import choose_storage
 from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
+from twa_merge.tensorfile import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,13 +79,26 @@ def merged_model(
 
         sharding.shard(module, init_device_mesh(device.type, (world,)), layers=shard == "model")
         sharding.make_room(module, device)
-        _fill_integers(module, soup)
+    _fill_integers(module, soup)
     if storage == "auto":
         storage, _ = storage_for(soup, free_in_every_process(device), processes=world if spread else 1)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
     basis = build_basis(soup, module, groups, storage=storage, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
     return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
+
+
+@torch.no_grad()
+def load_merge(module: nn.Module, soup: Soup, weights: MixingWeights) -> None:
+    """Put a merge into a module's parameters and buffers, combined in float32 from the checkpoints."""
+    files, plain = MappedFiles(owner=soup), Kernels(compile=False)
+    for name, parameter in mergeable_parameters(soup, module).items():
+        tensor = soup.tensor_of(name)
+        assert tensor is not None
+        block = OriginalBlock(tensor.entries, Window.whole(parameter.numel()), files, plain)
+        block.combine(weights.row(name), parameter)
+    averaged = buffers.averaged(module, soup, weights.table.mean(dim=0))
+    buffers.load_buffers(module, averaged | dict(weights.statistics))
 
 
 def free_in_every_process(device: torch.device) -> int:
@@ -106,11 +123,12 @@ def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]
     return choose_storage(len(soup), -(-numel // processes), free)
 
 
+@torch.no_grad()
 def _fill_integers(module: nn.Module, soup: Soup) -> None:
-    """Load buffers of whole numbers, which are equal in all checkpoints."""
-    for name, buffer in module.named_buffers():
-        if not buffer.is_floating_point() and soup.tensor_of(name) is not None:
-            buffer.copy_(soup.read(0, name))
+    """Load what is not averaged: tensors of whole numbers, which are equal in all checkpoints."""
+    for name, tensor in (*module.named_buffers(), *module.named_parameters()):
+        if not tensor.is_floating_point() and soup.tensor_of(name) is not None:
+            tensor.copy_(soup.read(0, name))
 
 
 def check_shard(shard: str) -> None:
@@ -129,7 +147,7 @@ def _standard_names(soup: Soup) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="twa_merge-") as links:
         for side in folder.iterdir():
-            if side.is_file() and side.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in side.name:
+            if side.is_file() and side.suffix in SIDE_SUFFIXES and "index" not in side.name:
                 Path(links, side.name).symlink_to(side.resolve())
         Path(links, standard).symlink_to(files[0].resolve())
         yield Path(links)

@@ -21,7 +21,7 @@ from twa_merge import sharding
 from twa_merge.alignment import SoupTensor
 from twa_merge.blocks import TILE, Block
 from twa_merge.errors import UserError
-from twa_merge.groups import Groups
+from twa_merge.groups import Groups, parameters_by_name
 from twa_merge.kernels import Kernels
 from twa_merge.originals import MappedFiles, OriginalBlock, in_order
 from twa_merge.storage import block_maker, check_storage, kernels_for
@@ -143,7 +143,9 @@ def build_basis(
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
     norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
     centre_norm = float(centre_norms.square().sum().sqrt())
-    return Basis(blocks, groups, norms, centre_norm, storage, None if storage == "float32" else originals)
+    # one checkpoint that is far off moves the centre, and the others' weights are lost in the rounding of their deltas
+    exact = storage == "float32" and float(norms.square().sum(dim=0).sqrt().max()) < centre_norm
+    return Basis(blocks, groups, norms, centre_norm, storage, None if exact else originals)
 
 
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,7 +154,8 @@ def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Paramete
     Raises:
         UserError: no checkpoint holds a parameter of the module, or a tensor is left over.
     """
-    found = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    parameters = parameters_by_name(module, lambda name: soup.tensor_of(name) is not None)
+    found = {name: p for name, p in parameters.items() if p.is_floating_point()}
     for name in found:
         if soup.tensor_of(name) is None:
             raise UserError(

@@ -63,13 +63,12 @@ def _end_processes() -> None:
 
 def print_result(result: Result, *, as_json: bool = False) -> None:
     """Print the league table, what ships and where the report is."""
-    from twa_merge.report import league_table, legend, summary
+    from twa_merge.report import summary
 
     if as_json:
         print(json.dumps(summary(result), indent=2))
         return
-    print(league_table(result.league, result.verdict.winner))
-    print(f"\n{legend(result)}\n{result.verdict.reason}.")
+    print(result)
     if result.output is not None:
         print(f"merged model and report: {result.output}/ (report.md, league.png)")
 

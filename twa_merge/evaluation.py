@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from twa_merge import sharding
 from twa_merge.batch_scorer import BatchScorer
 from twa_merge.errors import UserError
+from twa_merge.memory import OutOfMemory
 from twa_merge.metrics import Metric, standard_error
 from twa_merge.task_base import Task
 
@@ -113,6 +115,9 @@ def evaluate(
         progress: show a bar on stderr, in the main process.
         autocast: makes the context of each forward pass, e.g. `lambda: torch.autocast("cuda", torch.bfloat16)`.
         num_workers: processes that read and collate.
+
+    Raises:
+        OutOfMemory: in every process, if one of them cannot score a single sample.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: expected at least 1, got {batch_size}")
@@ -127,10 +132,20 @@ def evaluate(
     loader = _loader(dataset, [batches[number] for number in mine], task, num_workers)
     rows: dict[int, _Row] = {}
     scoring = BatchScorer(module, task, autocast, dataset)
+    failed: OutOfMemory | None = None
     with evaluation_mode(module), torch.no_grad():
-        for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
-            rows[number] = (number, *scoring.score(batch, batches[number]))
-    return _assemble(_gather(list(rows.values()), accelerator), task, order)
+        try:
+            for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
+                rows[number] = (number, *scoring.score(batch, batches[number]))
+        except OutOfMemory as error:
+            if accelerator is not None and accelerator.num_processes > 1 and sharding.is_sharded(module):
+                raise UserError(str(error)) from error  # the others wait for this one inside: there is no going on
+            failed = error
+    found = _gather(list(rows.values()) if failed is None else [failed], accelerator)
+    for item in found:
+        if isinstance(item, OutOfMemory):
+            raise item
+    return _assemble(found, task, order)
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Scores:
@@ -210,12 +225,13 @@ def _share(num_batches: int, accelerator: Any) -> list[int]:
     return [(first + turn * processes) % num_batches for turn in range(math.ceil(num_batches / processes))]
 
 
-def _gather(rows: list[_Row], accelerator: Any) -> list[_Row]:
+def _gather(items: list[Any], accelerator: Any) -> list[Any]:
+    """Return what all processes have."""
     if accelerator is None or accelerator.num_processes == 1:
-        return rows
+        return items
     from accelerate.utils import gather_object
 
-    gathered: list[_Row] = gather_object(rows)
+    gathered: list[Any] = gather_object(items)
     return gathered
 
 

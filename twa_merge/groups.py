@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from twa_merge.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GRANULARITIES = ("model", "layer", "tensor")
 
 Groups = dict[str, tuple[str, ...]]
 """Group name -> names of its parameters, both in the order of the model."""
+
+
+def parameters_by_name(module: nn.Module, known: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """Return each parameter of a module once: a tied one under the first of its names that is known, if any is."""
+    names: dict[int, str] = {}
+    found = dict(module.named_parameters(remove_duplicate=False))
+    for name, parameter in found.items():
+        held = names.setdefault(id(parameter), name)
+        if known(name) and not known(held):
+            names[id(parameter)] = name
+    return {name: found[name] for name in names.values()}
 
 
 def layer_of(name: str) -> str:

@@ -63,6 +63,11 @@ class Result:
     select_loss_while_learning: float
     """Of the learned merge, on those deltas; the league's is that of the exact merge."""
 
+    def __str__(self) -> str:
+        from twa_merge.report import result_text
+
+        return result_text(self)
+
 
 class Job:
     """One run, stage by stage."""

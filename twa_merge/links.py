@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from twa_merge.errors import UserError
+from twa_merge.groups import parameters_by_name
 
 Project = Callable[[str, Tensor], Tensor]
 """(name of a parameter, its gradient) -> the gradient of all coefficients."""
@@ -73,7 +74,8 @@ def install_links(
     Raises:
         UserError: a module reads its weights past the links.
     """
-    canonical = {id(p): name for name, p in module.named_parameters() if name in learnable}
+    named = parameters_by_name(module, learnable.__contains__)
+    canonical = {id(p): name for name, p in named.items() if name in learnable}
     links = []
     for owner in module.modules():
         names = {key: canonical[id(p)] for key, p in owner._parameters.items() if id(p) in canonical}

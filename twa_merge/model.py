@@ -263,7 +263,18 @@ class MergedModel(nn.Module):
         except AttributeError:
             if "module" not in self.__dict__:
                 raise
-            return getattr(self.__dict__["module"], name)
+            found = getattr(self.__dict__["module"], name)
+            return self._refreshing(found) if inspect.ismethod(found) else found
+
+    def _refreshing(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method of the module (`generate`, `get_image_features`) that reads the weights as they are then."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.refresh()
+            return method(*args, **kwargs)
+
+        return call
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

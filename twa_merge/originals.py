@@ -194,11 +194,15 @@ def _nonzero(weights_N: Tensor) -> dict[int, float]:
 
 
 def _change(before_N: Tensor, weights_N: Tensor) -> tuple[float, dict[int, float]]:
-    """Return (scale, change) with `weights = scale * before + change`, and few checkpoints in the change."""
+    """Return (scale, change) with `weights = scale * before + change`, and few checkpoints in the change.
+
+    A scale beyond one would multiply what earlier sums were rounded by.
+    """
     held = before_N != 0
     ratios = (weights_N[held] / before_N[held]).tolist()
     choices = []
-    for scale in {1.0, max(ratios, key=ratios.count)}:
+    common = max(ratios, key=ratios.count)
+    for scale in {1.0, common if abs(common) <= 1 else 1.0}:
         change = weights_N - scale * before_N
         change[change.abs() <= 1e-12] = 0  # rounding of the ratio
         choices.append((scale, _nonzero(change)))

@@ -14,8 +14,8 @@ import torch
 
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
+from twa_merge.sources import SIDE_SUFFIXES
 
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_COPIED = {
     "trainer_state.json",
     "report.json",
@@ -69,7 +69,11 @@ def publish(output: Path, soup: Soup | None = None, *, overwrite: bool = False) 
         if output.exists():
             replaced = unfinished.with_name(unfinished.name + ".replaced")
             output.rename(replaced)
-            unfinished.rename(output)
+            try:
+                unfinished.rename(output)
+            except BaseException:
+                replaced.rename(output)
+                raise
             shutil.rmtree(replaced)
         else:
             unfinished.rename(output)
@@ -94,10 +98,10 @@ def remove_empty(folders: list[Path]) -> None:
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Copy config, tokenizer and processor files; the weights, training state and reports stay behind."""
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.is_file() and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+    for file in source.iterdir():
+        kept = file.suffix in SIDE_SUFFIXES and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
+        if kept and file.is_file():
+            shutil.copyfile(file, target / file.name)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))

@@ -173,6 +173,11 @@ def report_text(result: Result, soup: Soup) -> str:
     return "\n".join(lines)
 
 
+def result_text(result: Result) -> str:
+    """Return the league table, how to read it, and what ships."""
+    return f"{league_table(result.league, result.verdict.winner)}\n\n{legend(result)}\n{result.verdict.reason}."
+
+
 def legend(result: Result) -> str:
     """Return how to read the table."""
     fit, select_part = result.folds[0]

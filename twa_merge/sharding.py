@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twa_merge.errors import UserError
+from twa_merge.groups import parameters_by_name
 from twa_merge.tensorfile import Window
 
 SHARDS = ("none", "basis", "model")
@@ -119,12 +120,13 @@ def shares_of(module: nn.Module) -> dict[str, float]:
     """Return what a sum over processes must count each parameter's part with: one that all of them hold, 1 / K."""
     mesh = _mesh_of(module)
     whole = 1.0 if mesh is None else 1 / int(mesh.size())
-    return {name: 1.0 if _is_dtensor(p) else whole for name, p in module.named_parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: 1.0 if _is_dtensor(p) else whole for name, p in named}
 
 
 def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter's name and the part that this process holds, detached, sharing memory."""
-    for name, parameter in module.named_parameters():
+    """Yield every parameter's names and the part that this process holds, detached, sharing memory."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         # detach, not .data: the write then counts for graphs that are still open, and (unless sharded) they raise
         yield name, _local(parameter.detach())
 
@@ -163,7 +165,7 @@ class ShardedProjection:
         self._mesh, self._shares = _mesh_of(module), shares_of(module)
         self._totals: dict[bool, Tensor] = {}
         self._handles = []
-        for name, parameter in module.named_parameters():
+        for name, parameter in parameters_by_name(module, learnable.__contains__).items():
             parameter.requires_grad_(name in learnable)
             if name in learnable:
                 hook = functools.partial(self._take, name)

@@ -12,7 +12,9 @@ from pathlib import Path
 from twa_merge.errors import UserError, raise_disk_failure
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_HUB_ALLOW = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer")
+"""Of the files beside the weights: config, tokenizer (in all the forms that transformers knows), processor."""
+_HUB_ALLOW = ["*.safetensors", "*.safetensors.index.json", *(f"*{suffix}" for suffix in SIDE_SUFFIXES)]
 _HUB_IGNORE = ["*/*", "consolidated*"]
 _NOT_WEIGHTS = {"mixing_weights.safetensors", "training_state.safetensors"}
 

@@ -80,8 +80,11 @@ def learn(
         progress: show a bar.
 
     Raises:
-        UserError: the loss is not finite, or the batch is smaller than the number of processes.
+        UserError: the checkpoints do not differ, the loss is not finite, or the batch is smaller than the number of
+            processes.
     """
+    if not model.basis.trainable_G.any():
+        raise UserError(f"the {model.basis.num_checkpoints} checkpoints do not differ: there is nothing to learn")
     total = config.total_steps(len(fit))
     run = _Run(model, config, total, accelerator, state_of)
     run.resume(state_file)
@@ -121,7 +124,8 @@ class _Run:
         from transformers import get_cosine_schedule_with_warmup
 
         self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
-        self.identity = {"config": _what_counts(config), "total": total, "of": state_of}
+        identity = {"config": _what_counts(config), "total": total, "of": state_of}
+        self.identity = json.loads(json.dumps(identity))  # as it is read again: without tuples
         self.optimizer = torch.optim.AdamW(
             [model.twa_coefficients], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)
         )
@@ -152,7 +156,8 @@ class _Run:
                 with self.accelerator.autocast():
                     outputs = task.forward(model, batch)
                 losses, weights = task.sample_losses(outputs, batch)
-                loss = (losses * weights).sum() / count
+                # without a label, loss and gradient are zero
+                loss = (losses * weights).sum() / torch.where(count > 0, count, 1)
                 value += loss.detach()
                 self.accelerator.backward(loss)
         except Exception as error:

@@ -149,7 +149,7 @@ class _Mixer:
         """Yield the merged tensor in flat pieces; a piece is valid until the next one is asked for."""
         if item.value is not None:
             value = item.value.to(item.dtype)
-            _require_fits(item, value)
+            _require_fits(item, value, item.value)
             yield value
             return
         entries = item.source.entries
@@ -161,7 +161,7 @@ class _Mixer:
                 continue
             merged = self._merged(item.source, members, first, count)
             out = self._out[: count * item.dtype.itemsize].view(item.dtype).copy_(merged)
-            _require_fits(item, out)
+            _require_fits(item, out, merged)
             yield out
 
     def _merged(self, tensor: SoupTensor, members: list[tuple[int, float]], first: int, count: int) -> Tensor:
@@ -170,16 +170,16 @@ class _Mixer:
         for k, weight in members:
             total.add_(part.copy_(self._reader.read(tensor.entries[k], first, count)), alpha=weight)
         if not torch.isfinite(total.sum()):
-            for k, _ in members:
-                self._require_finite(tensor, k, self._reader.read(tensor.entries[k], first, count))
+            self._keep_infinities(tensor, first, total)
         return total
 
     def _copied(self, item: PlannedTensor, k: int, first: int, count: int) -> Tensor:
         own = self._reader.read(item.source.entries[k], first, count)
-        if item.source.is_float and not torch.isfinite(own.sum()):
-            self._require_finite(item.source, k, own)
         value = own.to(item.dtype)
-        _require_fits(item, value)
+        _require_fits(item, value, own)
+        if item.source.is_float and not torch.isfinite(own.sum()):
+            value = value.clone()  # the buffer is read into again
+            self._keep_infinities(item.source, first, torch.zeros(count, dtype=torch.float64))
         if item.must_be_equal:
             value = value.clone()  # the buffer is read into again
             self._require_equal(item.source, value, first)
@@ -190,15 +190,23 @@ class _Mixer:
             if not torch.equal(self._reader.read(entry, first, value.numel()).to(value.dtype), value):
                 raise UserError(f"integer tensor {tensor.name!r} differs in {label}: integers have no average")
 
-    def _require_finite(self, tensor: SoupTensor, k: int, value: Tensor) -> None:
-        if not torch.isfinite(value).all():
-            raise UserError(
-                f"{self.labels[k]}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out"
-            )
+    def _keep_infinities(self, tensor: SoupTensor, first: int, total: Tensor) -> None:
+        """Put into a sum the infinities that all checkpoints share, as masks do.
+
+        Raises:
+            UserError: a checkpoint holds NaN, or an infinity that another does not.
+        """
+        kept = self._reader.read(tensor.entries[0], first, len(total)).double()
+        kept[torch.isfinite(kept)] = 0
+        for label, entry in zip(self.labels, tensor.entries, strict=True):
+            value = self._reader.read(entry, first, len(total)).double()
+            if not torch.equal(torch.where(torch.isfinite(value), 0, value), kept):  # NaN is not equal to itself
+                raise UserError(f"{label}: tensor {tensor.name!r} holds NaN or infinity; leave this checkpoint out")
+        total[kept != 0] = kept[kept != 0]
 
 
-def _require_fits(item: PlannedTensor, value: Tensor) -> None:
-    if item.dtype == torch.float16 and not torch.isfinite(value).all():
+def _require_fits(item: PlannedTensor, value: Tensor, exact: Tensor) -> None:
+    if item.dtype == torch.float16 and not torch.equal(torch.isfinite(value), torch.isfinite(exact)):
         raise UserError(
             f"tensor {item.source.name!r}: the merge holds numbers beyond 65504, which float16 has not; "
             "use bfloat16 or float32 as dtype"
