@@ -25,6 +25,8 @@ _EXPORTS = {
     "Result": "job",
     "run_recipe": "runner",
     "write": "writer",
+    "SnapshotCallback": "callbacks",
+    "finish": "finishing",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -1,0 +1,146 @@
+"""Snapshots of a real Trainer's run: complete checkpoints, at the right steps, also after a resume, of any model."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import twa_merge as twa
+from tests import factory
+from tests.trainers import make_trainer, tokens
+from twa_merge.snapshots import SnapshotWriter, find_snapshots
+
+
+class Watch(TrainerCallback):
+    """Remembers the weights at every step."""
+
+    def __init__(self, upto=None):
+        self.states, self.upto = {}, upto
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.states[state.global_step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if state.global_step == self.upto:
+            raise KeyboardInterrupt
+
+
+def steps(callback):
+    return [int(path.name.partition("-")[2]) for path in callback.snapshots]
+
+
+def check(callback, watch):
+    """Every snapshot is the model of its step."""
+    for path, step in zip(callback.snapshots, steps(callback), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, watch.states[step][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"every_n_steps": 5}, [5, 10]),
+        ({}, [6, 12]),
+        ({"every_n_epochs": 2}, [12]),
+        ({"every_n_steps": 3, "last": 2}, [9, 12]),
+    ],
+)
+def test_snapshots_are_checkpoints_of_their_steps(tmp_path, given, expected):
+    callback, watch = twa.SnapshotCallback(**given), Watch()
+    make_trainer(tmp_path, callbacks=[callback, watch]).train()
+    assert steps(callback) == expected
+    check(callback, watch)
+    if len(expected) > 1:
+        assert len(twa.Soup([str(tmp_path / "_snapshots/snapshot-*")])) == len(expected)
+
+
+def test_checkpoints_of_trainer_are_linked_and_outlive_it(tmp_path):
+    callback, watch = twa.SnapshotCallback(every_n_steps=2), Watch()
+    settings = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    make_trainer(tmp_path, callbacks=[callback, watch], **settings).train()
+    assert steps(callback) == [2, 4, 6, 8, 10, 12]
+    check(callback, watch)
+    last = tmp_path / "_snapshots/snapshot-12"
+    assert os.path.samefile(last / "model.safetensors", tmp_path / "checkpoint-12/model.safetensors")
+    assert {path.name for path in last.iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_resumed_run_goes_on_with_its_snapshots(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    whole = twa.SnapshotCallback(every_n_steps=3)
+    make_trainer(tmp_path / "whole", callbacks=[whole], **settings).train()
+    with pytest.raises(KeyboardInterrupt):  # after snapshot 6, on the way from checkpoint 4
+        make_trainer(
+            tmp_path / "cut", callbacks=[twa.SnapshotCallback(every_n_steps=3), Watch(upto=7)], **settings
+        ).train()
+    cut = twa.SnapshotCallback(every_n_steps=3)
+    make_trainer(tmp_path / "cut", callbacks=[cut], **settings).train(resume_from_checkpoint=True)
+    assert steps(cut) == steps(whole) == [3, 6, 9, 12]
+    for a, b in zip(whole.snapshots, cut.snapshots, strict=True):
+        for name, value in factory.read_tensors(a).items():
+            torch.testing.assert_close(factory.read_tensors(b)[name], value, rtol=0, atol=0)
+
+
+def test_snapshots_of_an_earlier_run_are_not_lost(tmp_path):
+    make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(5)]).train()
+    with pytest.raises(twa.UserError, match="holds 2 of an earlier run; move them"):
+        make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(6)]).train()
+    assert list(find_snapshots(tmp_path / "_snapshots")) == [5, 10]
+    again = twa.SnapshotCallback(6, overwrite=True)
+    make_trainer(tmp_path, callbacks=[again]).train()
+    assert steps(again) == [6, 12]
+
+
+def test_any_module(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(factory.VOCAB, 8)
+            self.out = nn.Linear(8, factory.VOCAB, bias=False)
+            self.out.weight = self.embed.weight
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, input_ids, labels):
+            self.seen += 1
+            logits = self.out(self.embed(input_ids))
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    callback, watch = twa.SnapshotCallback(every_n_steps=6), Watch()
+    make_trainer(tmp_path, model=Tied(), callbacks=[callback, watch]).train()
+    for path, step in zip(callback.snapshots, steps(callback), strict=True):
+        state = factory.read_tensors(path)
+        assert set(state) == {"embed.weight", "seen"} and state["seen"] == step
+        torch.testing.assert_close(state["embed.weight"], watch.states[step]["embed.weight"], rtol=0, atol=0)
+
+
+def test_adapters_are_merged_into_their_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = factory.make_model("gpt2")
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], r=2, fan_in_fan_out=True)
+    model = peft.get_peft_model(base, config)
+    callback = twa.SnapshotCallback(every_n_steps=6)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    make_trainer(tmp_path, model=model, callbacks=[callback]).train()
+    for name, p in model.named_parameters():
+        if name in frozen:
+            torch.testing.assert_close(p, frozen[name], rtol=0, atol=0)
+    batch = {"input_ids": tokens(1)[0]["input_ids"].unsqueeze(0)}
+    loaded = AutoModelForCausalLM.from_pretrained(callback.snapshots[-1]).eval()
+    torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert len(twa.Soup(callback.snapshots)) == 2
+
+
+def test_a_snapshot_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = SnapshotWriter(tmp_path / "file")
+    writer.take(1, nn.Linear(2, 2))
+    with pytest.raises(OSError):
+        writer.wait()
+
+
+@pytest.mark.parametrize("given, message", [({"every_n_steps": 0}, "at least 1"), ({"last": 0}, "at least 1")])
+def test_nonsense_is_refused(given, message):
+    with pytest.raises(twa.UserError, match=message):
+        twa.SnapshotCallback(**given)

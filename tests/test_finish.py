@@ -1,0 +1,103 @@
+"""From a Trainer's run to its merge: the snapshots' combination is in the trainer's model, whatever the model is."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import default_data_collator
+
+import twa_merge as twa
+from tests import factory
+from tests.trainers import make_trainer, tokens
+from twa_merge.recipe import Recipe
+
+
+def trained(folder, **settings):
+    trainer = make_trainer(folder, callbacks=[twa.SnapshotCallback(3)], **settings)
+    trainer.train()
+    return trainer
+
+
+def same_weights(module, folder):
+    for name, value in factory.read_tensors(folder).items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("learn_on", ["validation", "train"])
+def test_the_merge_is_in_the_trainers_model_and_on_disk(tmp_path, learn_on):
+    trainer = trained(tmp_path)
+    before = trainer.evaluate()["eval_loss"]
+    result = twa.finish(
+        trainer, learn_on=learn_on, steps=20, lr=0.1, recipe=Recipe(margin=-1e9), output=tmp_path / "merged"
+    )
+    same_weights(trainer.model, tmp_path / "merged")
+    learned = next(c for c in result.league if c.learned)
+    assert [c.name for c in result.league][-1] == learned.name and result.verdict.winner is learned
+    assert "perplexity" in str(result) and learned.name in str(result)
+    assert before != trainer.evaluate()["eval_loss"]
+    if learn_on == "train":  # all of the evaluation data select
+        with torch.no_grad():
+            loss = trainer.model(**default_data_collator(tokens(16, seed=1))).loss
+        assert float(loss) == pytest.approx(learned.select.loss.value, rel=1e-4)
+    trainer.remove_callback(twa.SnapshotCallback)
+    trainer.train()  # it is an ordinary model
+
+
+class Net(nn.Module):
+    """BatchNorm, and a loss that only the trainer knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return {"logits": self.body(x)}
+
+
+def rows(count, seed):
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    return [{"x": row, "labels": (row[0] > 0).long()} for row in x]
+
+
+def squares(outputs, labels, num_items_in_batch=None):
+    return (outputs["logits"] - F.one_hot(labels, 2)).square().mean()
+
+
+@pytest.mark.parametrize("task", [None, twa.module_task(F.cross_entropy)])
+def test_any_module_and_loss(tmp_path, task):
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        tmp_path,
+        model=Net(),
+        data=rows(24, 0),
+        eval_dataset=rows(40, 1),
+        callbacks=[twa.SnapshotCallback(3)],
+        compute_loss_func=squares,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    trainer.train()
+    result = twa.finish(trainer, learn_on="train", task=task, steps=10, recipe=Recipe(margin=-1e9))
+    assert "body.1.running_var" in result.weights.statistics
+    torch.testing.assert_close(trainer.model.body[1].running_var, result.weights.statistics["body.1.running_var"])
+    learned = next(c for c in result.league if c.learned)
+    if task is None:
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(learned.select.loss.value, rel=1e-3)
+    else:
+        logits = trainer.predict(rows(40, 1)).predictions
+        loss = F.cross_entropy(torch.tensor(logits), torch.tensor([row["labels"] for row in rows(40, 1)]))
+        assert float(loss) == pytest.approx(learned.select.loss.value, rel=1e-3)
+
+
+def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(twa.UserError, match=r"add callbacks=\[twa.SnapshotCallback"):
+        twa.finish(trainer)
+    with pytest.raises(twa.UserError, match="learn_on: expected validation or train"):
+        twa.finish(trainer, learn_on="test")
+    trainer = trained(tmp_path, save_strategy="epoch")
+    named = twa.finish(trainer, [str(tmp_path / "checkpoint-*")], steps=2)
+    assert named.weights.num_checkpoints == 2
+    trainer.eval_dataset = None
+    with pytest.raises(twa.UserError, match="one eval_dataset, got none"):
+        twa.finish(trainer)

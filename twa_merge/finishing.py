@@ -1,0 +1,187 @@
+"""`finish`: the merge of a Trainer's snapshots, learned and put in place in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from twa_merge.adapters import is_adapted
+from twa_merge.assembly import load_merge
+from twa_merge.callbacks import SnapshotCallback
+from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
+from twa_merge.job import Job, Result
+from twa_merge.metrics import get_metric
+from twa_merge.recipe import Recipe
+from twa_merge.task_base import Batch, Task, require_rows, without_labels
+from twa_merge.task_classification import count_samples
+from twa_merge.task_custom import batch_size_of
+from twa_merge.task_generation import IGNORED, logits_of_tokens, token_losses
+from twa_merge.task_labels import SINGLE, LabelSpace
+from twa_merge.tasks import guess_task
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+LEARN_ON = ("validation", "train")
+
+
+def finish(
+    trainer: Trainer,
+    snapshots: Sequence[str | Path] | None = None,
+    *,
+    learn_on: str = "validation",
+    test_dataset: Any = None,
+    task: Task | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    recipe: Recipe | None = None,
+    **learn_options: Any,
+) -> Result:
+    """Learn the merge of a run's snapshots, and leave it in `trainer.model`.
+
+    After a training run, or in place of the second half of one (paper, sec. 6.1: head of training). The trainer's own
+    data sets, collator, device and processes are used; running statistics of BatchNorm are recomputed. What goes into
+    the model is what the result's verdict says: the learned merge, or the best fixed one if that is as good.
+
+        trainer = Trainer(model, args, callbacks=[SnapshotCallback()], ...)
+        trainer.train()
+        print(twa.finish(trainer))
+
+    Args:
+        trainer: with an `eval_dataset`.
+        snapshots: checkpoint folders or patterns, in the order of the run; default those of its `SnapshotCallback`.
+        learn_on: `validation` divides `eval_dataset` into what is learned on and what decides (TWA-v); `train` learns
+            on `train_dataset`, and all of `eval_dataset` decides (TWA-t).
+        test_dataset: scored once, at the end.
+        task: losses and metrics; default those of classification or language models where the model is one, else the
+            trainer's own loss, scored sample by sample.
+        output: also write the merged model and the report to this folder.
+        overwrite: replace an earlier merge at `output`.
+        recipe: everything else; `learn_options` (`lr`, `epochs`, `granularity`, ...) override its `learn` part.
+
+    Returns:
+        What `twa.train` returns; `print` it for the table.
+
+    Raises:
+        UserError: no snapshots, no evaluation data, or something else the caller can mend.
+    """
+    if learn_on not in LEARN_ON:
+        raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
+    module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if is_adapted(module):
+        raise UserError(
+            "finish: the trainer's model has adapters, its snapshots are full models; merge them with twa.train"
+        )
+    soup = Soup(_snapshots_of(trainer) if snapshots is None else snapshots)
+    held_out, collate = _features(trainer, trainer.eval_dataset)
+    splits = {"held_out": held_out, "test": test_dataset}
+    if learn_on == "train":
+        splits["train"], collate = _features(trainer, trainer.train_dataset, training=True)
+    task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
+    recipe = replace(recipe or Recipe(checkpoints=list(soup.labels)), ordered=True)
+    options: dict[str, Any] = {"mixed_precision": _mixed_precision(trainer), "seed": trainer.args.seed} | learn_options
+    recipe = replace(recipe, learn=replace(recipe.learn, **options))
+    if output is not None:
+        recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
+    if trainer.accelerator.device.type == "cpu":
+        recipe = replace(recipe, device="cpu")
+    result = Job(recipe, soup, splits, task=task, module=module, overwrite=overwrite).run()
+    load_merge(module, soup, result.weights)
+    return result
+
+
+def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
+    """Return losses and metrics of what a trainer trains: a loss for each sample where the kind of model is known."""
+    common: dict[str, Any] = {"prepare": require_rows, "collate": trainer.data_collator}
+    config = getattr(module, "config", None)
+    try:
+        kind = guess_task([type(module).__name__]) if config is not None and _has_stock_loss(trainer) else None
+    except UserError:
+        kind = None
+    if kind in ("text-classification", "image-classification"):
+        labels = LabelSpace.of(config)
+        accuracy = (get_metric("accuracy"),) if labels.problem == SINGLE else ()
+        return Task(
+            name=kind,
+            count=count_samples,
+            sample_losses=labels.sample_losses,
+            predictions=labels.predictions,
+            metrics=accuracy,
+            forward=without_labels,
+            **common,
+        )
+    if kind is not None:
+        shift = 1 if kind == "causal-lm" else 0
+        return Task(
+            name=kind,
+            count=lambda batch: (batch["labels"][:, shift:] != IGNORED).sum().float(),
+            sample_losses=lambda outputs, batch: _token_losses(outputs, batch, shift),
+            predictions=None,
+            metrics=(get_metric("perplexity"),),
+            forward=without_labels if shift else lambda module, batch: module(**batch),
+            **common,
+        )
+    return Task(
+        name="trainer",
+        count=lambda batch: torch.tensor(float(batch_size_of(batch))),
+        sample_losses=_one_loss,
+        predictions=None,
+        forward=_loss_of(trainer),
+        per_sample=False,
+        **common,
+    )
+
+
+def _has_stock_loss(trainer: Any) -> bool:
+    from transformers import Trainer
+
+    own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
+    return not own and trainer.label_smoother is None
+
+
+def _token_losses(outputs: Any, batch: Batch, shift: int) -> tuple[Tensor, Tensor]:
+    logits, labels = logits_of_tokens(outputs), batch["labels"]
+    return token_losses(logits[:, : logits.shape[1] - shift], labels[:, shift:])
+
+
+def _loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Any]:
+    # a copy: with label smoothing, Trainer takes the labels out of the batch
+    return lambda module, batch: trainer.compute_loss(module, dict(batch))
+
+
+def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    return loss.float().reshape(1), torch.full((1,), float(batch_size_of(batch)), device=loss.device)
+
+
+def _snapshots_of(trainer: Trainer) -> Sequence[str | Path]:
+    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, SnapshotCallback)]
+    snapshots = [path for callback in found for path in callback.snapshots]
+    if not snapshots:
+        raise UserError(
+            "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
+            "checkpoints ('runs/checkpoint-*')"
+        )
+    return snapshots
+
+
+def _features(trainer: Any, dataset: Any, *, training: bool = False) -> tuple[Any, Callable[[list[Any]], Batch]]:
+    """Return a data set without the columns that the model does not take, and what makes its batches."""
+    role = "train_dataset" if training else "eval_dataset"
+    if dataset is None or isinstance(dataset, dict):
+        got = "none" if dataset is None else f"several ({', '.join(dataset)})"
+        raise UserError(f"finish: expected the trainer to have one {role}, got {got}")
+    loader = trainer.get_train_dataloader() if training else trainer.get_eval_dataloader(dataset)
+    return require_rows(loader.dataset), loader.collate_fn
+
+
+def _mixed_precision(trainer: Trainer) -> str:
+    found = trainer.accelerator.mixed_precision
+    if found not in ("no", "bf16"):
+        raise UserError(f"finish: mixed precision {found} is not supported; train with bf16, or without")
+    return str(found)
