@@ -492,3 +492,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(soup_folder, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sgd_with_momentum_learns_and_resumes(soup_folder, tmp_path):
+    options = {"optimizer": "sgd", "coordinates": "normalized", "lr": 1.0, "evaluations": 6}
+    whole, _ = learned_table(soup_folder, **options)
+    assert (whole - 1 / whole.shape[1]).abs().max() > 1e-3
+    plain, _ = learned_table(soup_folder, **options, momentum=0.0)
+    assert not torch.allclose(whole, plain)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = twa_training._Run.save
+        patch.setattr(
+            twa_training._Run, "save", lambda run, file: (save(run, file), calls.append(1), 1 / (len(calls) < 3))
+        )
+        with pytest.raises(ZeroDivisionError):
+            learned_table(soup_folder, **options, output=tmp_path / "out")
+    resumed, _ = learned_table(soup_folder, **options, output=tmp_path / "out", resume=True)
+    torch.testing.assert_close(resumed, whole)

@@ -214,6 +214,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "storage",
         "shard",
         "start",
+        "optimizer",
         "lr",
         "epochs",
         "steps",

@@ -26,6 +26,10 @@ class LearnConfig:
     then gathered a layer at a time."""
     start: str = "uniform"
     """Where coefficients start: `uniform`, `greedy` or `best`."""
+    optimizer: str = "adamw"
+    """`adamw`, or `sgd` with momentum, the paper's for the head of training (sec. 6.1)."""
+    momentum: float = 0.9
+    """Of SGD."""
     lr: float = 0.03
     steps: int | None = None
     """Optimisation steps; default `epochs` over the data, and at least `MIN_STEPS`."""
@@ -37,7 +41,7 @@ class LearnConfig:
     warmup: float = 0.1
     """Share of the steps with rising learning rate, before the cosine."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay of the coefficients, towards the uniform soup."""
+    """Decay of the coefficients (AdamW's is decoupled from the gradient), towards the uniform soup."""
     regularization: float = 1e-5
     """lambda of eq. 2: `lambda / 2 * ||c||^2` is added to the loss."""
     evaluations: int = 20
@@ -64,6 +68,7 @@ class LearnConfig:
             "shard": ("none", "basis", "model"),
             "coordinates": ("relative", "normalized"),
             "start": ("uniform", "greedy", "best"),
+            "optimizer": ("adamw", "sgd"),
             "mixed_precision": ("no", "bf16"),
         }
         for name, allowed in choices.items():
@@ -75,6 +80,8 @@ class LearnConfig:
                 raise UserError(f"learn.{name}: expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"learn.seed: expected a number from 0 to {(1 << 32) - 1}, got {self.seed}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"learn.momentum: expected 0 up to but not including 1, got {self.momentum}")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"learn.warmup: expected a share of the steps, 0 to 1, got {self.warmup}")
 

@@ -126,9 +126,7 @@ class _Run:
         self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
         identity = {"config": _what_counts(config), "total": total, "of": state_of}
         self.identity = json.loads(json.dumps(identity))  # as it is read again: without tuples
-        self.optimizer = torch.optim.AdamW(
-            [model.twa_coefficients], lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)
-        )
+        self.optimizer = _optimizer(model.twa_coefficients, config)
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, round(config.warmup * total), total)
         self.step = 0
         self.storage = model.basis.storage
@@ -262,7 +260,8 @@ class _Run:
             "tables": torch.stack(self.tables),
         }
         for name, value in self.optimizer.state_dict()["state"].get(0, {}).items():
-            tensors[f"optimizer.{name}"] = value
+            if value is not None:
+                tensors[f"optimizer.{name}"] = value
         about = {"step": self.step, "curve": self.curve, "storage": self.model.basis.storage, **self.identity}
         temporary = file.with_suffix(".tmp")
         save_file({n: t.cpu().contiguous().clone() for n, t in tensors.items()}, temporary, {"run": json.dumps(about)})
@@ -295,6 +294,13 @@ class _Run:
         for _ in range(self.step):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
             self.scheduler.step()
+
+
+def _optimizer(coefficients: Tensor, config: LearnConfig) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([coefficients], momentum=config.momentum, **options)
+    return torch.optim.AdamW([coefficients], betas=(0.9, 0.999), **options)
 
 
 def _what_counts(config: LearnConfig) -> dict[str, Any]:

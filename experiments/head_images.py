@@ -1,0 +1,262 @@
+"""Head of training, pictures (paper, table 2, figure 5, table 8): half of a run and a learned merge, or all of it.
+
+    python experiments/head_images.py --data DATA --output runs/head-resnet --net resnet
+
+A net with BatchNorm is trained on CIFAR-10 (JPEG) by SGD with a learning rate that drops by ten at half and at three
+quarters of the run. Its snapshots of the first epochs, one each, all before the first drop, are merged: on the training
+data (TWA-t), on half of the held-out pictures (TWA-v), or fixed (SWA from several starts, last-k, EMA). Test pictures
+are scored at the end and choose nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import arguments, for_each_seed, mean_sd, paired
+from nets import Classifier
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+
+import twa_merge as twa
+from twa_merge.recipe import Recipe
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN, HELD_OUT = 10_000, 2_500
+
+
+class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
+    """Normalised pictures; `augment` shifts by up to four pixels and mirrors, anew at every reading."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, *, augment: bool = False) -> None:
+        self.pixels, self.labels, self.augment = pixels, labels, augment
+        self.padded = F.pad(pixels, (4, 4, 4, 4)) if augment else pixels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self.pixels[index]
+        if self.augment:
+            top, left, mirror = (int(n) for n in torch.randint(0, 9, (3,)))
+            picture = self.padded[index, :, top : top + 32, left : left + 32]
+            picture = picture.flip(-1) if mirror % 2 else picture
+        return {"pixel_values": picture, "labels": self.labels[index]}
+
+
+def load_pictures(path: Path) -> tuple[Tensor, Tensor]:
+    """Return normalised pictures (S, 3, 32, 32) and labels (S,) of a parquet file of JPEGs."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    table = pq.read_table(path).to_pydict()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"]])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    return x.contiguous(), torch.tensor(table["label"])
+
+
+def splits(data: Path, seed: int) -> dict[str, Pictures]:
+    """Return training pictures as they train and as they are, held-out pictures, and test pictures."""
+    pixels, labels = load_pictures(data / "cifar10/train.parquet")
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    train, held_out = order[:TRAIN], order[-HELD_OUT:]
+    return {
+        "train": Pictures(pixels[train], labels[train], augment=True),
+        "train as it is": Pictures(pixels[train], labels[train]),
+        "held out": Pictures(pixels[held_out], labels[held_out]),
+        "test": Pictures(*load_pictures(data / "cifar10/test.parquet")),
+    }
+
+
+@torch.no_grad()
+def score(module: nn.Module, pictures: Pictures) -> dict[str, float]:
+    """Return loss and accuracy."""
+    module.eval()
+    logits = torch.cat([module(chunk)["logits"] for chunk in pictures.pixels.split(500)])
+    accuracy = (logits.argmax(dim=1) == pictures.labels).float().mean()
+    return {"loss": float(F.cross_entropy(logits, pictures.labels)), "accuracy": float(accuracy)}
+
+
+def scores(module: nn.Module, parts: dict[str, Pictures]) -> dict[str, Any]:
+    """Return test scores and the generalisation gap: training accuracy less test accuracy."""
+    test, train = score(module, parts["test"]), score(module, parts["train as it is"])
+    return test | {"gap": train["accuracy"] - test["accuracy"]}
+
+
+class Epochs(twa.SnapshotCallback):
+    """Snapshots of every epoch, and the test accuracy at each: for the plot alone."""
+
+    def __init__(self, folder: Path, parts: dict[str, Pictures]) -> None:
+        super().__init__(folder=folder, overwrite=True)
+        self.parts, self.curve = parts, []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_epoch_end(args, state, control, **kwargs)
+        self.curve.append(score(kwargs["model"], self.parts["test"]))
+        kwargs["model"].train()
+
+
+def make_trainer(args: Any, seed: int, parts: dict[str, Pictures], epochs: int) -> tuple[Trainer, Epochs]:
+    """Return the trainer of the full run."""
+    set_seed(seed)
+    model = Classifier(args.net, args.width)
+    steps = -(-TRAIN // args.batch_size) * epochs
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    drops = [round(steps * args.first_drop), round(steps * (1 + args.first_drop) / 2)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+    folder = args.output / f"{args.net}-{seed}"
+    settings = TrainingArguments(
+        str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=500,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="epoch",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        max_grad_norm=0,
+        disable_tqdm=True,
+    )
+    callback = Epochs(folder / "snapshots", parts)
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=parts["train"],
+        eval_dataset=parts["held out"],
+        data_collator=default_data_collator,
+        optimizers=(optimizer, schedule),
+        callbacks=[callback],
+    )
+    return trainer, callback
+
+
+def merged(args: Any, trainer: Trainer, parts: dict[str, Pictures], snapshots: list[Path], **options: Any) -> Any:
+    """Return a finished run, its learned table put into the model whatever the verdict, and its cost."""
+    start = time.perf_counter()
+    result = twa.finish(
+        trainer,
+        snapshots,
+        task=twa.module_task(F.cross_entropy),
+        recipe=Recipe(margin=-1e9, eval_batch_size=500),
+        batch_size=args.batch_size,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    learned = next(c for c in result.league if c.learned)
+    found = scores(trainer.model, parts) | {"seconds": seconds, "select": learned.select.loss.value}
+    fixed = {
+        c.name: {"select": c.select.loss.value, "select accuracy": c.select.metric("accuracy").value}
+        for c in result.league
+    }
+    return found | {"league": fixed, "passes": learned.passes}
+
+
+def fixed_merge(trainer: Trainer, parts: dict[str, Pictures], snapshots: list[Path], first: int) -> dict[str, Any]:
+    """Return the scores of the plain average of the snapshots from `first` on (SWA), statistics recomputed."""
+    from twa_merge import buffers
+    from twa_merge.assembly import load_merge
+
+    soup = twa.Soup(snapshots)
+    load_merge(trainer.model, soup, twa.last_k(len(soup) - first, soup.labels))
+    chunks = parts["train as it is"].pixels.split(500)
+    buffers.recompute(trainer.model, chunks, lambda module, batch: module(batch))
+    return scores(trainer.model, parts)
+
+
+def run(args: Any, seed: int) -> dict[str, Any]:
+    """Train once; merge the snapshots of its first quarter, half and three quarters of the first half."""
+    parts = splits(args.data, seed)
+    trainer, callback = make_trainer(args, seed, parts, args.epochs)
+    start = time.perf_counter()
+    trainer.train()
+    found: dict[str, Any] = {"training seconds": time.perf_counter() - start, "curve": callback.curve}
+    found["full"] = scores(trainer.model, parts)
+    snapshots = callback.snapshots
+    steps_of_epoch = -(-TRAIN // args.batch_size)
+    head = round(args.epochs * args.head)
+    for name, count in (("half", head), ("quarter", head // 2)):
+        chosen = snapshots[:count]
+        learning = {"steps": round(args.share * head * steps_of_epoch), "lr": args.twa_lr, "patience": 20}
+        found[f"{name}: TWA-t"] = merged(args, trainer, parts, chosen, learn_on="train", **learning)
+        found[f"{name}: TWA-t, whole model"] = merged(
+            args, trainer, parts, chosen, learn_on="train", granularity="model", **learning
+        )
+        found[f"{name}: TWA-v"] = merged(args, trainer, parts, chosen, **learning)
+        last = callback.curve[count - 1]
+        found[f"{name}: last snapshot"] = last | {"gap": float("nan")}
+        for first in sorted({0, count // 4, count // 2, 3 * count // 4}):
+            found[f"{name}: SWA from epoch {first + 1}"] = fixed_merge(trainer, parts, chosen, first)
+    shutil.rmtree(args.output / f"{args.net}-{seed}", ignore_errors=True)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return the scores of all seeds as Markdown."""
+    rows = ["| | test accuracy | against the full run | test loss | gap |", "|---|--:|--:|--:|--:|"]
+    full = [seed["full"]["accuracy"] for seed in found]
+    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
+        of = [seed[name] for seed in found]
+        accuracy = [row["accuracy"] for row in of]
+        columns = (mean_sd(accuracy), paired(accuracy, full), *(mean_sd([r[k] for r in of]) for k in ("loss", "gap")))
+        rows.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(rows)
+
+
+def plot(found: list[dict[str, Any]], args: Any, path: Path) -> None:
+    """Draw test accuracy over epochs, with what the merges reach (figure 5)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    epochs = np.arange(1, args.epochs + 1)
+    for seed in found:
+        axes.plot(epochs, [row["accuracy"] for row in seed["curve"]], color="0.75", lw=1)
+    axes.plot([], [], color="0.75", label="each seed's run")
+    axes.axhline(np.mean([seed["full"]["accuracy"] for seed in found]), color="k", lw=1, ls="--", label="full run")
+    head = round(args.epochs * args.head)
+    for kind, marker in (("TWA-t", "o"), ("TWA-v", "s"), ("SWA from epoch 1", "^")):
+        for name, count in (("half", head), ("quarter", head // 2)):
+            values = [seed[f"{name}: {kind}"]["accuracy"] for seed in found]
+            cost = count + (args.share * head if "TWA" in kind else 0)
+            label = kind if name == "half" else None
+            axes.errorbar(
+                cost, np.mean(values), np.std(values), marker=marker, color=f"C{'os^'.index(marker)}", label=label
+            )
+    axes.set(xlabel="epochs, learning included", ylabel="test accuracy", title=f"{args.net}, CIFAR-10 (JPEG)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run all seeds, then print table and draw plot."""
+    parser = arguments(__doc__)
+    parser.add_argument("--net", choices=("resnet", "vgg"), required=True)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=30, help="of the full run")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--first-drop", type=float, default=0.5, help="share of the run before lr is divided by ten")
+    parser.add_argument("--head", type=float, default=0.5, help="share of the run whose snapshots are merged")
+    parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
+    parser.add_argument("--twa-lr", type=float, default=0.03)
+    args = parser.parse_args()
+    found = for_each_seed(args, args.net, lambda seed: run(args, seed))
+    text = table(found)
+    (args.output / f"{args.net}.md").write_text(text + "\n")
+    plot(found, args, args.output / f"{args.net}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
