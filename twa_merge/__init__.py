@@ -25,6 +25,7 @@ _EXPORTS = {
     "Result": "job",
     "run_recipe": "runner",
     "write": "writer",
+    "random_basis": "random_directions",
     "SnapshotCallback": "callbacks",
     "finish": "finishing",
 }

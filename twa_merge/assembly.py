@@ -18,6 +18,7 @@ from torch import nn
 from twa_merge import buffers, sharding
 from twa_merge.basis import build_basis, mergeable_parameters
 from twa_merge.checkpoints import Soup
+from twa_merge.coordinates import needs_gram
 from twa_merge.errors import UserError
 from twa_merge.groups import group_parameters
 from twa_merge.kernels import Kernels
@@ -43,6 +44,9 @@ def merged_model(
     task: str | None = None,
     granularity: str | list[str] = "tensor",
     coordinates: str = "relative",
+    directions: str = "deltas",
+    components: int | None = None,
+    linear: bool = False,
     start: MixingWeights | None = None,
     dtype: str = "float32",
     storage: str = "auto",
@@ -58,6 +62,9 @@ def merged_model(
         task: default found from the checkpoint's `architectures`.
         granularity: `model`, `layer`, `tensor`, or name patterns.
         coordinates: `relative` or `normalized`.
+        directions: `deltas`, `orthogonal` or `pca`.
+        components: of `pca`, how many; default all.
+        linear: train the scale of the centre too (eq. 1).
         start: mixing weights to start from, default uniform.
         dtype: of the module, when it is loaded here.
         storage: of the deltas while learning: `float32`, `bfloat16`, `int8`, `int4`, `disk` (nothing in memory), or
@@ -83,9 +90,20 @@ def merged_model(
     if storage == "auto":
         storage, _ = storage_for(soup, free_in_every_process(device), processes=world if spread else 1)
     groups = group_parameters(mergeable_parameters(soup, module), granularity)
-    basis = build_basis(soup, module, groups, storage=storage, progress=progress)
+    gram = needs_gram(directions)
+    basis = build_basis(soup, module, groups, storage=storage, gram=gram, progress=progress)
     buffers.load_buffers(module, buffers.averaged(module, soup, [1 / len(soup)] * len(soup)))
-    return MergedModel(module, basis, soup.labels, coordinates=coordinates, start=start, fingerprints=soup.fingerprints)
+    return MergedModel(
+        module,
+        basis,
+        soup.labels,
+        coordinates=coordinates,
+        directions=directions,
+        components=components,
+        linear=linear,
+        start=start,
+        fingerprints=soup.fingerprints,
+    )
 
 
 @torch.no_grad()
@@ -97,7 +115,7 @@ def load_merge(module: nn.Module, soup: Soup, weights: MixingWeights) -> None:
         assert tensor is not None
         block = OriginalBlock(tensor.entries, Window.whole(parameter.numel()), files, plain)
         block.combine(weights.row(name), parameter)
-    averaged = buffers.averaged(module, soup, weights.table.mean(dim=0))
+    averaged = buffers.averaged(module, soup, weights.mean_N)
     buffers.load_buffers(module, averaged | dict(weights.statistics))
 
 

@@ -35,6 +35,8 @@ _AT_ONCE = 1 << 23
 _IN_CACHE = 1 << 18
 """Elements of all checkpoints together that are centred at a time."""
 _FILES_AT_ONCE = 8
+_ROUNDING = 1e-9
+"""By which the sum of weights may miss one."""
 _NOISE = 1e-6
 """A delta below this share of the centre is float32 rounding, not a direction."""
 
@@ -49,11 +51,13 @@ class Basis:
     """All groups, in the order of the mixing weights' rows."""
     norms: Tensor
     """(G, N) float64: `||d_k||` of each group; 0 where a checkpoint does not differ from the centre."""
-    centre_norm: float
-    """`||m||` of all parameters."""
+    centre_norms: Tensor
+    """(G,) float64: `||m||` of each group."""
     storage: str = "float32"
     originals: Mapping[str, OriginalBlock] | None = None
     """Parameter name -> the checkpoints themselves, where deltas in float32 are not at hand."""
+    gram: Tensor | None = None
+    """(G, N, N) float64 inner products of the deltas, where they were asked for."""
 
     def __post_init__(self) -> None:
         self._row_of = {name: row for row, names in enumerate(self.groups.values()) for name in names}
@@ -61,6 +65,11 @@ class Basis:
     @property
     def num_checkpoints(self) -> int:
         return self.norms.shape[1]
+
+    @property
+    def centre_norm(self) -> float:
+        """`||m||` of all parameters."""
+        return float(self.centre_norms.square().sum().sqrt())
 
     @property
     def trainable_G(self) -> Tensor:
@@ -74,30 +83,42 @@ class Basis:
     def row_of(self, name: str) -> int:
         return self._row_of[name]
 
-    def combine(self, name: str, shares_N: Tensor, out: Tensor) -> None:
-        """Write `m + sum_k a_k d_k` of one parameter into `out`, of the parameter's shape and any float dtype.
+    def combine(self, name: str, weights_N: Tensor, out: Tensor) -> None:
+        """Write `sum_k w_k theta_k` of one parameter into `out`, of the parameter's shape and any float dtype."""
+        block = self.blocks[name]
+        block.combine(weights_N, out)
+        more = float(weights_N.sum()) - 1
+        if not block.holds_sums and abs(more) > _ROUNDING:  # of the linear span (eq. 1): the block has added one centre
+            out.add_(block.centre().view(out.shape), alpha=more)
 
-        Shares that are mixing weights (sum one) give `sum_k w_k theta_k`, for the deltas sum to zero.
+    def project(self, name: str, grad: Tensor, *, centre: bool = False) -> Tensor:
+        """Return the (N,) gradient of the mixing weights, `<grad, theta_k>`, from the parameter's own (eq. 6).
+
+        Args:
+            name: of the parameter.
+            grad: of its shape.
+            centre: False leaves `<grad, m>` out, the same for all: it plays no part where weights sum to one.
         """
-        self.blocks[name].combine(shares_N, out)
-
-    def project(self, name: str, grad: Tensor) -> Tensor:
-        """Return the (N,) gradient of the shares, `<grad, d_k>`, from the parameter's own gradient (eq. 6)."""
-        return self.blocks[name].project(grad)
+        products = self.blocks[name].project(grad)
+        if not centre:
+            return products
+        held = self.blocks[name].centre()
+        return products + torch.dot(held, grad.reshape(-1).to(held.dtype))
 
     def to(self, device: torch.device | str) -> None:
         """Move the blocks to a device."""
         for block in self.blocks.values():
             block.to(device)
 
-    def shares_to_weights(self, shares_GN: Tensor) -> Tensor:
-        """Return the (G, N) mixing weights of shares: `w_k = a_k + (1 - sum(a)) / N`."""
-        shares_GN = shares_GN.double()
-        return shares_GN + (1 - shares_GN.sum(dim=1, keepdim=True)) / self.num_checkpoints
-
 
 def build_basis(
-    soup: Soup, module: nn.Module, groups: Groups, *, storage: str = "float32", progress: bool = False
+    soup: Soup,
+    module: nn.Module,
+    groups: Groups,
+    *,
+    storage: str = "float32",
+    gram: bool = False,
+    progress: bool = False,
 ) -> Basis:
     """Read every checkpoint once, a few elements of all checkpoints at a time, into centre and deltas.
 
@@ -108,6 +129,7 @@ def build_basis(
         module: gives names and shapes of the parameters; its values are not read.
         groups: a partition of the names in `mergeable_parameters(soup, module)`.
         storage: `float32`, `bfloat16`, `int8`, `int4`, or `disk`: nothing is held.
+        gram: also find the inner products of the deltas, `N / 2` multiplications an element.
 
     Raises:
         UserError: a tensor holds NaN or infinity (checkpoint and tensor named), or has not the module's shape.
@@ -129,23 +151,29 @@ def build_basis(
         make = block_maker(storage, len(soup), numel)
     row_of = {name: row for row, names in enumerate(groups.values()) for name in names}
     squares = torch.zeros(len(groups), len(soup) + 1, dtype=torch.float64)
+    grams = torch.zeros(len(groups), len(soup), len(soup), dtype=torch.float64) if gram else None
     total = sum(entry.dtype.itemsize * windows[name].numel for name in windows for entry in tensors[name].entries)
     with _Reader(soup) as reader, _bar(total, progress) as bar:
         for name, window in windows.items():
             if make is not None:
                 blocks[name] = make(window.numel)
             for first, rows in reader.tiles(tensors[name], window):
-                found = _put(blocks[name], first, rows)
+                found, products = _put(blocks[name], first, rows, gram=gram)
                 _require_finite(found, soup, tensors[name].name, rows)
                 squares[row_of[name]] += shares[name] * found
+                if grams is not None:
+                    grams[row_of[name]] += shares[name] * products
                 bar(sum(row.nbytes for row in rows))
     sharding.sum_over_processes(squares, module)
+    if grams is not None:
+        sharding.sum_over_processes(grams, module)
     norms, centre_norms = squares[:, :-1].sqrt(), squares[:, -1].sqrt()
     norms[norms <= _NOISE * centre_norms.unsqueeze(1)] = 0
-    centre_norm = float(centre_norms.square().sum().sqrt())
     # one checkpoint that is far off moves the centre, and the others' weights are lost in the rounding of their deltas
-    exact = storage == "float32" and float(norms.square().sum(dim=0).sqrt().max()) < centre_norm
-    return Basis(blocks, groups, norms, centre_norm, storage, None if exact else originals)
+    exact = storage == "float32" and float(norms.square().sum(dim=0).sqrt().max()) < float(
+        centre_norms.square().sum().sqrt()
+    )
+    return Basis(blocks, groups, norms, centre_norms, storage, None if exact else originals, grams)
 
 
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -207,10 +235,14 @@ class _Reader:
             yield first, [read.result() for read in reads]
 
 
-def _put(block: Block, first: int, rows: list[Tensor]) -> Tensor:
-    """Put centre and deltas into a parameter's block; return the (N + 1,) squares of their norms."""
+def _put(block: Block, first: int, rows: list[Tensor], *, gram: bool) -> tuple[Tensor, Tensor]:
+    """Put centre and deltas into a parameter's block; return the (N + 1,) squares of their norms.
+
+    And the deltas' (N, N) inner products, if `gram`; else zeros.
+    """
     count, step = len(rows[0]), max(1, _IN_CACHE // (len(rows) * TILE)) * TILE
     squares = torch.zeros(len(rows) + 1, dtype=torch.float64)
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     whole = torch.empty(len(rows), min(step, count), dtype=torch.float64)
     for start in range(0, count, step):
         values = whole[:, : min(step, count - start)]
@@ -221,7 +253,9 @@ def _put(block: Block, first: int, rows: list[Tensor]) -> Tensor:
         block.put(first + start, values.float(), centre.float())
         squares[:-1] += torch.linalg.vector_norm(values, dim=1).square_()
         squares[-1] += torch.linalg.vector_norm(centre).square_()
-    return squares
+        if gram:
+            products += values @ values.T
+    return squares, products
 
 
 def _require_finite(squares: Tensor, soup: Soup, name: str, rows: list[Tensor]) -> None:

@@ -39,8 +39,14 @@ class Block(Protocol):
     def project(self, grad: Tensor) -> Tensor:
         """Return the (N,) inner products of the parameter's gradient with the deltas."""
 
+    def centre(self) -> Tensor:
+        """Return the centre, flat, float32; not to be written to."""
+
     def to(self, device: torch.device | str) -> None:
         """Move to a device."""
+
+    holds_sums: bool
+    """Whether `combine` gives `sum_k w_k theta_k` for weights of any sum."""
 
 
 class FloatBlock:
@@ -48,6 +54,8 @@ class FloatBlock:
 
     Both products read them once. What the last delta carries of the others' rounding is 1e-7 of them.
     """
+
+    holds_sums = False
 
     def __init__(self, num_checkpoints: int, numel: int, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -78,6 +86,9 @@ class FloatBlock:
         products = torch.mv(self.rows[:-1], grad.reshape(-1).to(self.rows.dtype))
         return torch.cat([products, -products.sum(dim=0, keepdim=True)])
 
+    def centre(self) -> Tensor:
+        return self.rows[-1]
+
     def to(self, device: torch.device | str) -> None:
         self.rows = self.rows.to(device)
 
@@ -88,6 +99,8 @@ class TiledBlock:
     Rounded deltas no longer sum to zero. Weights are therefore taken relative to their mean, and products too: equal
     weights give the centre exactly, whatever the rounding.
     """
+
+    holds_sums = False
 
     def __init__(self, num_checkpoints: int, numel: int, bits: int, kernels: Kernels) -> None:
         self.bits, self.kernels, self.numel = bits, kernels, numel
@@ -139,6 +152,9 @@ class TiledBlock:
             last[0, : self.numel - end] = flat[end:]
             total += self._project_tiles(slice(whole, whole + 1), last)
         return total - total.mean()
+
+    def centre(self) -> Tensor:
+        return self.centre_TB.view(-1)[: self.numel]
 
     def to(self, device: torch.device | str) -> None:
         self.codes, self.centre_TB = self.codes.to(device), self.centre_TB.to(device)

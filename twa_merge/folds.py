@@ -91,13 +91,12 @@ class FoldLearner:
         """
         before = self.scorer.passes
         best = best_evaluation(learned, [len(part) for _, part in self.folds])
-        groups, labels = self.model.basis.groups, self.soup.labels
         tables = [run.tables_EGN[best] for run in learned]
         selects = [
-            self.scorer(MixingWeights(table, groups, labels)).subset(part)
+            self.scorer(self.model.weights_of(table)).subset(part)
             for table, (_, part) in zip(tables, self.folds, strict=True)
         ]
-        weights = MixingWeights(torch.stack(tables).mean(dim=0), groups, labels)
+        weights = self.model.weights_of(torch.stack(tables).mean(dim=0))
         fit = self.scorer(weights)
         if len(self.folds) == 1:
             fit = fit.subset(self.folds[0][0])

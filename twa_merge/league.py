@@ -76,7 +76,7 @@ class Scorer:
         if weights.statistics:
             return weights
         only = weights.one_hot_column()
-        weights_N = weights.table.mean(dim=0) if only is None else weights.table[0]
+        weights_N = weights.mean_N if only is None else weights.table[0]
         averaged = buffers.averaged(self.model.module, self.soup, weights_N)
         found = replace(weights, statistics=averaged)
         if only is not None or not buffers.has_batchnorm(self.model.module):

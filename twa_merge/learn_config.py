@@ -19,6 +19,12 @@ class LearnConfig:
     """Which parameters share a row: `model`, `layer`, `tensor`, or name patterns."""
     coordinates: str = "relative"
     """`relative` (shares of each delta) or `normalized` (the paper's unit vectors, eq. 4)."""
+    directions: str = "deltas"
+    """`deltas`, `orthogonal` ones of the same span (Gram-Schmidt), or its principal components, `pca`."""
+    components: int | None = None
+    """Of `pca`, how many; default all."""
+    linear: bool = False
+    """Learn the scale of the centre too: the linear span of eq. 1, in which weights need not sum to one."""
     storage: str = "auto"
     """Of the deltas: `float32`, `bfloat16`, `int8`, `int4`, `disk`, or `auto`, the most exact that fits."""
     shard: str = "none"
@@ -67,6 +73,7 @@ class LearnConfig:
             "storage": ("auto", "float32", "bfloat16", "int8", "int4", "disk"),
             "shard": ("none", "basis", "model"),
             "coordinates": ("relative", "normalized"),
+            "directions": ("deltas", "orthogonal", "pca"),
             "start": ("uniform", "greedy", "best"),
             "optimizer": ("adamw", "sgd"),
             "mixed_precision": ("no", "bf16"),

@@ -37,6 +37,8 @@ class MixingWeights:
     """Buffers that replace merged ones, by name in the module: BatchNorm's recomputed running statistics, averages."""
     fingerprints: tuple[str, ...] = ()
     """N hashes of the checkpoints that the table was made for, where known; `apply` checks them."""
+    linear: bool = False
+    """Rows may sum to anything: the linear span of the checkpoints (eq. 1)."""
 
     def __post_init__(self) -> None:
         expected = (len(self.groups), len(self.checkpoints))
@@ -51,13 +53,20 @@ class MixingWeights:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"groups: {twice!r} is in two of them")
         sums = self.table.sum(dim=1)
-        wrong = ~((sums - 1).abs() <= 1e-6)  # the negation also catches NaN
+        # the negation also catches NaN
+        wrong = ~torch.isfinite(sums) if self.linear else ~((sums - 1).abs() <= 1e-6)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise UserError(
                 f"mixing weights of group {list(self.groups)[row]!r} sum to {float(sums[row]):g}, expected 1: "
                 "scale the weights so that they do"
             )
+
+    @property
+    def mean_N(self) -> Tensor:
+        """(N,) the mean over groups, scaled to sum to one: what is in no group is averaged so."""
+        mean = self.table.mean(dim=0)
+        return mean / mean.sum() if self.linear else mean
 
     @property
     def num_checkpoints(self) -> int:
@@ -105,6 +114,7 @@ class MixingWeights:
             "format": FORMAT,
             "checkpoints": list(self.checkpoints),
             "fingerprints": list(self.fingerprints),
+            "linear": self.linear,
             "groups": {g: list(names) for g, names in self.groups.items()},
         }
         metadata = {_METADATA: json.dumps(about)}  # one key: the library writes several in any order
@@ -146,6 +156,7 @@ class MixingWeights:
                 checkpoints=tuple(map(str, about["checkpoints"])),
                 statistics={name.removeprefix(_STATISTICS): value for name, value in tensors.items()},
                 fingerprints=tuple(map(str, about["fingerprints"])),
+                linear=bool(about.get("linear", False)),
             )
         except UserError:
             raise

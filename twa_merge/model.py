@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from twa_merge import buffers, sharding
 from twa_merge.basis import Basis
+from twa_merge.coordinates import coordinates_of
 from twa_merge.dropout import restore_dropout, switch_off_dropout
 from twa_merge.errors import UserError
 from twa_merge.links import LinkedParameters, install_links, unlinked
 from twa_merge.mixing import MixingWeights
 from twa_merge.sharding import ShardedProjection
-
-COORDINATES = ("relative", "normalized")
 
 
 class MergedModel(nn.Module):
@@ -40,6 +39,10 @@ class MergedModel(nn.Module):
         checkpoints: N labels, for `mixing_weights()`.
         coordinates: `relative` trains shares of each delta (a step of lr moves every tensor by that share of its
             deltas); `normalized` trains the paper's coefficients of unit vectors (eq. 4).
+        directions: what is trained along: the `deltas`, `orthogonal` ones of the same span, or its principal components
+            (`pca`). The latter two need a basis with its Gram matrix.
+        components: of `pca`, how many; default all.
+        linear: train along the centre too: the linear span (eq. 1) in place of the affine one.
         start: mixing weights to start from; default the uniform soup (all coefficients zero).
         fingerprints: of the checkpoints (`Soup.fingerprints`), for `mixing_weights()`.
     """
@@ -48,7 +51,7 @@ class MergedModel(nn.Module):
     """Trainer divides the loss by the steps of accumulation itself, as the wrapped loss takes no item count."""
 
     twa_coefficients: nn.Parameter
-    """(G', N) float32: a row for each group that has a direction."""
+    """(G', R) float32: a row for each group that has a direction; R = N for deltas."""
 
     def __init__(
         self,
@@ -57,26 +60,28 @@ class MergedModel(nn.Module):
         checkpoints: tuple[str, ...],
         *,
         coordinates: str = "relative",
+        directions: str = "deltas",
+        components: int | None = None,
+        linear: bool = False,
         start: MixingWeights | None = None,
         fingerprints: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        if coordinates not in COORDINATES:
-            raise UserError(f"coordinates: expected {' or '.join(COORDINATES)}, got {coordinates!r}")
         # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
-        _hide(self, module=module, basis=basis, coordinates=coordinates)
+        _hide(self, module=module, basis=basis, linear=linear)
         _hide(self, checkpoints=checkpoints, fingerprints=fingerprints)
         _hide(self, _trained=[(p, p.requires_grad) for p in module.parameters()])
         _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None, _placed=None)
         position = (basis.trainable_G.cumsum(0) - 1).masked_fill(~basis.trainable_G, -1)
         _hide(self, _position=position.tolist())
-        norms = basis.norms[self._active]
-        scale = torch.ones_like(norms) if coordinates == "relative" else norms.clamp_min(1e-300).reciprocal()
-        _hide(self, _scale=torch.where(norms > 0, scale, 0.0))
-        self.twa_coefficients = nn.Parameter(torch.zeros(norms.shape, dtype=torch.float32))
+        found = coordinates_of(
+            basis, self._active, coordinates=coordinates, directions=directions, components=components, centre=linear
+        )
+        _hide(self, coordinates=found)
+        self.twa_coefficients = nn.Parameter(torch.zeros(found.matrix.shape[:2], dtype=torch.float32))
         learnable = {name for name in basis.blocks if self._position[basis.row_of(name)] >= 0}
         # not a method: bound to this model, it would make a cycle of model, module and basis
-        project = functools.partial(_project, basis, self._position, self._scale, self.twa_coefficients)
+        project = _Projection(basis, self._position, found.matrix, self.twa_coefficients, linear=linear)
         links: list[LinkedParameters] = []
         projection = None
         if sharding.is_sharded(module):
@@ -103,21 +108,24 @@ class MergedModel(nn.Module):
         if weights is None:
             self.twa_coefficients.zero_()
         else:
-            shares = self._rows_of(weights)[self._active] - 1 / self.basis.num_checkpoints
-            inverse = torch.where(self._scale > 0, 1 / self._scale, 0.0)
-            self.twa_coefficients.copy_(shares * inverse)
+            self.twa_coefficients.copy_(self.coordinates.coefficients(self._rows_of(weights)[self._active]))
         self.refresh()
 
     def mixing_weights(self) -> MixingWeights:
         """Return the current coefficients as a table, `w_k = a_k + (1 - sum(a)) / N`."""
-        return MixingWeights(self.table_GN(), self.basis.groups, self.checkpoints, fingerprints=self.fingerprints)
+        return self.weights_of(self.table_GN())
+
+    def weights_of(self, table_GN: Tensor) -> MixingWeights:
+        """Return a table of this model's groups and checkpoints as mixing weights."""
+        return MixingWeights(
+            table_GN, self.basis.groups, self.checkpoints, fingerprints=self.fingerprints, linear=self.linear
+        )
 
     @torch.no_grad()
     def table_GN(self) -> Tensor:
         """Return the (G, N) float64 mixing weights of the current coefficients, unchecked."""
-        shares = torch.zeros_like(self.basis.norms)
-        shares[self._active] = self.twa_coefficients.detach().double().cpu() * self._scale
-        table: Tensor = self.basis.shares_to_weights(shares)
+        table: Tensor = torch.full_like(self.basis.norms, 1 / self.basis.num_checkpoints)
+        table[self._active] = self.coordinates.weights(self.twa_coefficients.detach().cpu())
         return table
 
     @torch.no_grad()
@@ -285,15 +293,31 @@ class MergedModel(nn.Module):
         return self
 
 
-def _project(
-    basis: Basis, position: list[int], scale_GN: Tensor, coefficients_GN: Tensor, name: str, grad: Tensor
-) -> Tensor:
-    """Return the coefficients' gradient, zero outside the parameter's group, from a parameter's own (eq. 6)."""
-    row = position[basis.row_of(name)]
-    grad_GN = torch.zeros_like(coefficients_GN)
-    with _full_precision(grad):
-        grad_GN[row] = basis.project(name, grad) * scale_GN[row].to(grad_GN)
-    return grad_GN
+class _Projection:
+    """Makes the coefficients' gradient of a parameter's own (eq. 6): zero outside the parameter's group.
+
+    Args:
+        basis: of the parameters.
+        position: of each group among those that train; -1 for the others.
+        matrix_GRN: makes mixing weights of coefficients.
+        coefficients_GR: give the gradient's shape and device.
+        linear: weights need not sum to one.
+    """
+
+    def __init__(
+        self, basis: Basis, position: list[int], matrix_GRN: Tensor, coefficients_GR: Tensor, *, linear: bool
+    ) -> None:
+        self.basis, self.position, self.linear = basis, position, linear
+        self.coefficients_GR, self.matrix_GRN = coefficients_GR, matrix_GRN.float()
+
+    def __call__(self, name: str, grad: Tensor) -> Tensor:
+        row = self.position[self.basis.row_of(name)]
+        grad_GR = torch.zeros_like(self.coefficients_GR)
+        if self.matrix_GRN.device != grad_GR.device:
+            self.matrix_GRN = self.matrix_GRN.to(grad_GR.device)
+        with _full_precision(grad):
+            grad_GR[row] = self.matrix_GRN[row] @ self.basis.project(name, grad, centre=self.linear)
+        return grad_GR
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

@@ -81,12 +81,19 @@ class OriginalBlock:
     """
 
     nbytes = 0
+    holds_sums = True
 
     def __init__(self, entries: Sequence[Entry], window: Window, files: MappedFiles, kernels: Kernels) -> None:
         self.entries, self.window, self.files, self.kernels = entries, window, files, kernels
         self.before: OriginalBlock | None = None
         self.after: OriginalBlock | None = None
         self._updates = 0
+
+    def centre(self) -> Tensor:
+        """Return the centre, flat, float32, summed anew."""
+        out = torch.empty(self.window.numel)
+        self._add(0.0, dict.fromkeys(range(len(self.entries)), 1 / len(self.entries)), out)
+        return out
 
     def put(self, first: int, deltas: Tensor, centre: Tensor) -> None:
         """Do nothing: the files hold it."""

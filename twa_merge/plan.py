@@ -120,7 +120,7 @@ def _plan_tensor(
             raise UserError(
                 f"the mixing weights have no row for the parameter {names[0]!r}; are they of another model?"
             )
-        rows = [weights.table.mean(dim=0)]
+        rows = [weights.mean_N]
     if any(not torch.equal(row, rows[0]) for row in rows[1:]):
         raise UserError(
             f"tensor {tensor.name!r} holds {', '.join(names)}, whose mixing weights differ; cannot be split"
