@@ -1,7 +1,8 @@
-"""A small Hub on loopback: enough of its HTTP API to look up and download repositories."""
+"""A small Hub on loopback: enough of its HTTP API to look up, download, make and fill repositories."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -18,7 +19,10 @@ COMMIT = "c0ffee" + "0" * 34
 
 @contextlib.contextmanager
 def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve the repositories in `root/models/org/name` and `root/datasets/org/name`; yield address and requests."""
+    """Serve the repositories in `root/models/org/name` and `root/datasets/org/name`; yield address and requests.
+
+    What is committed to a branch is in `root/branches/BRANCH/org/name`. The organisation `closed` takes nothing.
+    """
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,19 +40,51 @@ def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
                 self._resolve(path.removeprefix("/"))
 
         def do_POST(self) -> None:
-            """Answer paths-info, which asks about several paths at once."""
             path = unquote(urlsplit(self.path).path)
             requests.append(f"POST {path}")
             body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-            kind, org, name = path.removeprefix("/api/").split("/")[:3]
-            folder = root / kind / org / name
-            asked = json.loads(body)["paths"]
-            self._json([_entry(folder, folder / p) for p in asked if (folder / p).is_file()])
+            if path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif path == "/api/repos/create":
+                self._create(json.loads(body))
+            else:
+                kind, org, name, what, *rest = path.removeprefix("/api/").split("/")
+                self._change(root / kind / org / name, what, rest[0] if rest else "", body)
+
+        def _create(self, asked: dict[str, Any]) -> None:
+            org, name = asked.get("organization") or "someone", asked["name"]
+            if org == "closed":
+                self._refuse("Forbidden", "You don't have the rights to create a model under this namespace", 403)
+                return
+            requests.append(f"private={asked.get('private', asked.get('visibility') == 'private')}")
+            (root / "models" / org / name).mkdir(parents=True, exist_ok=True)
+            self._json({"url": f"http://{self.headers['Host']}/{org}/{name}", "name": f"{org}/{name}"})
+
+        def _change(self, folder: Path, what: str, revision: str, body: str) -> None:
+            if what == "paths-info":
+                asked = json.loads(body)["paths"]
+                self._json([_entry(folder, folder / p) for p in asked if (folder / p).is_file()])
+            elif what == "branch":
+                self._json({})
+            elif what == "preupload":
+                files = [f | {"uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+                self._json({"files": files})
+            elif what == "commit":
+                if revision != "main":
+                    folder = root / "branches" / revision / folder.parent.name / folder.name
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        file = folder / line["value"]["path"]
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        file.write_bytes(base64.b64decode(line["value"]["content"]))
+                address = f"http://{self.headers['Host']}/{folder.parent.name}/{folder.name}"
+                self._json({"commitUrl": f"{address}/commit/{COMMIT}", "commitOid": COMMIT})
 
         def _api(self, path: str) -> None:
-            kind, org, name, *rest = path.split("/")
+            kind, org, name, *rest = [*path.split("/"), "", ""]
             folder = root / kind / org / name
-            if not folder.is_dir():
+            rest = [part for part in rest if part]
+            if not name or not folder.is_dir():
                 self._refuse("RepoNotFound", "Repository not found")
             elif len(rest) > 1 and rest[1] not in ("main", "v1", COMMIT):
                 self._refuse("RevisionNotFound", f"Invalid rev id: {rest[1]}")
@@ -84,8 +120,8 @@ def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        def _refuse(self, code: str, message: str) -> None:
-            self.send_response(404)
+        def _refuse(self, code: str, message: str, status: int = 404) -> None:
+            self.send_response(status)
             self.send_header("X-Error-Code", code)
             self.send_header("X-Error-Message", message)
             self.send_header("Content-Length", "0")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import factory
 from tests.hub_server import COMMIT, hub
@@ -91,3 +93,108 @@ def test_no_network_is_one_line_and_does_not_wait(tmp_path):
     done = twa_merge("http://127.0.0.1:9", tmp_path, "average", *IDS, "--output", "out")
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and "org/model-0@v1" in lines[0], done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(served, tmp_path_factory):
+    """A learned merge of two checkpoints of the Hub and a local one, on local data."""
+    folder, address, _ = served
+    home = tmp_path_factory.mktemp("finished")
+    write_rows(home / "secret-data.csv", factory.text_rows(40))
+    local = home / "secret-runs/secret-member"
+    shutil.copytree(folder / "models/org/model-2", local, ignore=shutil.ignore_patterns("onnx", "*.bin"))
+    config = json.loads((local / "config.json").read_text()) | {"_name_or_path": "/home/someone/secret-base"}
+    (local / "config.json").write_text(json.dumps(config))
+    command = ["train", "org/model-0@v1", str(local), "secret-runs/secret-member", "org/model-1"]
+    command += ["--data", "secret-data.csv", "--output", "out", "--steps", "2", "--granularity", "layer"]
+    done = twa_merge(address, home, *command)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_a_merge_is_pushed_without_what_is_private(served, finished):
+    folder, address, requests = served
+    done = twa_merge(address, finished, "push", "out", "team/merged", "--private")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("/team/merged") and "private=True" in requests
+    pushed = folder / "models/team/merged"
+    for path in pushed.iterdir():
+        content = path.read_bytes()
+        for word in (b"secret", str(finished).encode(), str(Path.home()).encode()):
+            assert word not in content, path.name
+    assert {p.name for p in pushed.iterdir()} == {p.name for p in (finished / "out").iterdir()}
+    card = (pushed / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == ["org/model-0", "org/model-1"] and front["base_model_relation"] == "merge"
+    assert "| best single" in card and "twa-merge apply mixing_weights.safetensors" in card and "steps: 2" in card
+    assert f"org/model-0@{COMMIT}" in card and "checkpoint-2" in card
+    about = json.loads((pushed / "mixing_weights.json").read_text())
+    assert about["checkpoints"] == [f"org/model-0@{COMMIT}", "checkpoint-2", "checkpoint-3", f"org/model-1@{COMMIT}"]
+    assert yaml.safe_load((pushed / "recipe.yaml").read_text())["data"]["path"] == "local-data"
+    # what stays at home is as it was
+    assert "secret-member" in (finished / "out/mixing_weights.json").read_text()
+
+
+def test_a_push_to_a_branch(served, finished):
+    folder, address, _ = served
+    done = twa_merge(address, finished, "push", "out", "team/other", "--revision", "trial")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "branches/trial/team/other/model.safetensors").is_file()
+    assert not list((folder / "models/team/other").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "endpoint", "message"),
+    [
+        ("closed/merged", None, "the Hub did not take it"),
+        ("team/merged", "http://127.0.0.1:9", "the Hub did not take it"),
+        ("not a name", None, "the Hub did not take it (HFValidationError"),
+    ],
+)
+def test_a_push_that_is_refused_is_one_line_and_keeps_the_folder(served, finished, target, endpoint, message):
+    _, address, _ = served
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (finished / "out").iterdir())
+    done = twa_merge(endpoint or address, finished, "push", "out", target)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"twa-merge: push to {target}: {message}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "out is kept" in done.stderr
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (finished / "out").iterdir()) == before
+
+
+def test_a_push_of_anything_else_is_refused(served, finished):
+    _, address, _ = served
+    done = twa_merge(address, finished, "push", "secret-runs/secret-member", "team/merged")
+    assert done.returncode == 2 and "not a folder that twa-merge has written" in done.stderr
+
+
+def test_a_recipe_pushes_what_it_has_written(served, finished, tmp_path):
+    folder, address, _ = served
+    recipe = yaml.safe_load((finished / "out/recipe.yaml").read_text())
+    recipe["output"] |= {"path": str(tmp_path / "again"), "push_to_hub": "team/by-recipe"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = twa_merge(address, finished, "run", str(tmp_path / "recipe.yaml"))
+    assert done.returncode == 0, done.stderr
+    pushed = folder / "models/team/by-recipe"
+    assert (pushed / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit", "t5"])
+def test_what_is_pulled_back_computes_what_was_pushed(served, tmp_path, kind):
+    _, address, _ = served
+    members = [str(member) for member in factory.make_soup(kind, tmp_path / "soup", scale=0.2)]
+    done = twa_merge(address, tmp_path, "average", *members, "--weights", "0.2,0.5,0.3", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    done = twa_merge(address, tmp_path, "push", "out", f"team/{kind}")
+    assert done.returncode == 0, done.stderr
+    script = (
+        "import sys, torch, transformers\n"
+        "from tests.test_model import BATCHES\n"
+        f"cls = getattr(transformers, {factory._TINY[kind][0]!r})\n"
+        f"a, b = (cls.from_pretrained(name).eval() for name in ('out', 'team/{kind}'))\n"
+        f"with torch.no_grad(): x, y = (m(**BATCHES[{kind!r}]).logits for m in (a, b))\n"
+        "assert torch.equal(x, y)\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    env = {key: value for key, value in env.items() if not key.endswith("_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

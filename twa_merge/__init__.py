@@ -28,6 +28,7 @@ _EXPORTS = {
     "random_basis": "random_directions",
     "SnapshotCallback": "callbacks",
     "finish": "finishing",
+    "push_to_hub": "hub",
 }
 
 __all__ = ["__version__", *_EXPORTS]

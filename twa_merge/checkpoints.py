@@ -53,6 +53,11 @@ class Soup:
         return tuple(source.label for source in self.sources)
 
     @property
+    def revisions(self) -> tuple[str, ...]:
+        """The commit of each checkpoint from the Hub; empty for the others."""
+        return tuple(source.revision or "" for source in self.sources)
+
+    @property
     def folder(self) -> Path | None:
         """The first checkpoint's folder: config, names and tokenizer come from here."""
         return self.sources[0].folder

@@ -105,6 +105,12 @@ def _add_other_commands(commands: Any) -> None:
     inspect.add_argument("--distances", action="store_true", help="also read the weights and print distances")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
+    push = _command(commands, "push", "upload a merged folder to the Hub")
+    push.add_argument("folder", metavar="OUT", help="a folder that twa-merge has written")
+    push.add_argument("repo", metavar="org/name", help="made if it is not there")
+    push.add_argument("--private", action="store_true", help="make it a private one")
+    push.add_argument("--revision", help="branch, made if it is not there (default main)")
+
     demo = _command(commands, "demo", "all of it on handwritten digits, offline, in under two minutes")
     demo.add_argument("--keep", metavar="DIR", default="twa-merge-demo", help="where checkpoints and merge are kept")
     demo.add_argument("--seed", type=int, default=0)

@@ -138,6 +138,7 @@ def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None
         dtype=output_dtype(args.dtype),
         max_shard_bytes=MAX_SHARD_BYTES if args.max_shard_gb is None else shard_bytes(args.max_shard_gb),
         overwrite=args.overwrite,
+        finish=lambda folder: _write_card(folder, weights, soup),
         progress=True,
     )
     averaged = any(t.name.endswith("running_var") for t in soup.tensors) and weights.one_hot_column() is None
@@ -150,6 +151,20 @@ def _write(soup: Soup, weights: MixingWeights, args: argparse.Namespace) -> None
     for note in soup.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"merged {len(soup)} checkpoints: {args.output}/")
+
+
+def _write_card(folder: Path, weights: MixingWeights, soup: Soup) -> None:
+    from twa_merge.card import model_card
+
+    (folder / "README.md").write_text(model_card(weights, soup), encoding="utf-8")
+
+
+def push(args: argparse.Namespace) -> None:
+    """Upload a merged folder to the Hub."""
+    _quiet_libraries()
+    from twa_merge.hub import push_to_hub
+
+    print(push_to_hub(args.folder, args.repo, private=args.private or None, revision=args.revision))
 
 
 def evaluate(args: argparse.Namespace) -> None:

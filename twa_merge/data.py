@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twa_merge.data_hub import first_line, load_from_hub
-from twa_merge.errors import UserError, raise_disk_failure
+from twa_merge.data_hub import load_from_hub
+from twa_merge.errors import UserError, first_line, raise_disk_failure
 from twa_merge.splits import ALIASES, Rows, select_rows
 
 _READERS = {

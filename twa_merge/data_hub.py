@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twa_merge.errors import UserError, raise_disk_failure
+from twa_merge.errors import UserError, first_line, raise_disk_failure
 
 
 def load_from_hub(source: str, *, name: str | None, revision: str | None) -> Any:
@@ -22,14 +22,6 @@ def load_from_hub(source: str, *, name: str | None, revision: str | None) -> Any
     except Exception as error:  # transport errors share no public base class
         raise_disk_failure(error)
         raise UserError(f"data {source}: the Hub did not give it ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error as one line; of "error while generating", the cause."""
-    while error.__cause__ is not None and "generating the dataset" in str(error):
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _check_reachable(source: str, revision: str | None) -> None:

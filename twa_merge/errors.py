@@ -14,6 +14,14 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error as one line; of "error while generating", the cause."""
+    while error.__cause__ is not None and "generating the dataset" in str(error):
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def raise_disk_failure(error: BaseException) -> None:
     """Raise the full or broken disk behind an error that a library has wrapped, if there is one.
 

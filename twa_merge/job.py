@@ -265,6 +265,7 @@ class Job:
             candidate.test = self.scorer.on(candidate.weights, self.data.test)
 
     def write(self, result: Result) -> None:
+        from twa_merge.hub import push_to_hub
         from twa_merge.report import write_report
 
         assert self.output is not None
@@ -280,6 +281,8 @@ class Job:
                 progress=self.progress,
             )
             self.state.drop()
+            if self.recipe.output.push_to_hub is not None:
+                push_to_hub(self.output, self.recipe.output.push_to_hub, private=self.recipe.output.private or None)
         self.accelerator.wait_for_everyone()
 
 

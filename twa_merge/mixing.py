@@ -37,6 +37,8 @@ class MixingWeights:
     """Buffers that replace merged ones, by name in the module: BatchNorm's recomputed running statistics, averages."""
     fingerprints: tuple[str, ...] = ()
     """N hashes of the checkpoints that the table was made for, where known; `apply` checks them."""
+    revisions: tuple[str, ...] = ()
+    """N commits, of checkpoints from the Hub; empty for the others."""
     linear: bool = False
     """Rows may sum to anything: the linear span of the checkpoints (eq. 1)."""
 
@@ -114,6 +116,7 @@ class MixingWeights:
             "format": FORMAT,
             "checkpoints": list(self.checkpoints),
             "fingerprints": list(self.fingerprints),
+            "revisions": list(self.revisions),
             "linear": self.linear,
             "groups": {g: list(names) for g, names in self.groups.items()},
         }
@@ -156,6 +159,7 @@ class MixingWeights:
                 checkpoints=tuple(map(str, about["checkpoints"])),
                 statistics={name.removeprefix(_STATISTICS): value for name, value in tensors.items()},
                 fingerprints=tuple(map(str, about["fingerprints"])),
+                revisions=tuple(map(str, about.get("revisions", ()))),
                 linear=bool(about.get("linear", False)),
             )
         except UserError:

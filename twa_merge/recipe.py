@@ -56,6 +56,10 @@ class OutputConfig:
     dtype: str | None = None
     """`float32`, `bfloat16` or `float16`; default as in the checkpoints."""
     max_shard_gb: float = 5.0
+    push_to_hub: str | None = None
+    """`org/name` to upload the merge to, once it is written."""
+    private: bool = False
+    """Make that repository a private one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twa_merge.card import model_card
 from twa_merge.checkpoints import Soup
 from twa_merge.evaluation import Evaluation, Scores, bootstrap_paired, paired_difference
 from twa_merge.league import Candidate, best_baseline
@@ -142,7 +143,11 @@ def write_report(folder: Path, result: Result, recipe: Recipe | None, soup: Soup
     selects = [len(part) for _, part in result.folds]
     plot_curve([run.curve for run in result.learned], selects, result.best_step, folder / "curve.png")
     (folder / "report.md").write_text(report_text(result, soup), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(result, soup), encoding="utf-8")
+    league = "\n".join(
+        [result.verdict.reason + ".", "", league_table(result.league, result.verdict.winner), "", legend(result)]
+    )
+    card = model_card(result.weights, soup, task=result.task, league=league, recipe=recipe)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def report_text(result: Result, soup: Soup) -> str:
@@ -199,44 +204,3 @@ def legend(result: Result) -> str:
         f"Loss is the mean over samples, ± its standard error; {select}. "
         "← ships. * chosen with the select part in view."
     )
-
-
-def model_card(result: Result, soup: Soup) -> str:
-    """Return the merged model's README.md, with the front matter that the Hub reads; no local paths."""
-    from huggingface_hub import ModelCardData
-
-    parents = [source.label.partition("@")[0] for source in soup.sources if source.revision is not None]
-    data = ModelCardData(
-        base_model=parents or None,
-        base_model_relation="merge" if parents else None,
-        library_name="transformers" if soup.folder is not None else None,
-        pipeline_tag=_PIPELINES.get(result.task),
-        tags=["merge", "model-soup", "twa-merge"],
-    )
-    names = [
-        Path(label).name if s.revision is None else label for label, s in zip(soup.labels, soup.sources, strict=True)
-    ]
-    body = [
-        "# Merged model",
-        "",
-        f"A merge of {len(names)} checkpoints of one architecture by `twa-merge`, with mixing weights for each of "
-        f"{len(result.weights.groups)} group(s) of parameters (`mixing_weights.json`): trainable weight averaging, "
-        "arXiv 2205.13104.",
-        "",
-        result.verdict.reason + ".",
-        "",
-        league_table(result.league, result.verdict.winner),
-        "",
-        legend(result),
-        "",
-        "Members: " + ", ".join(names),
-    ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"
-
-
-_PIPELINES = {
-    "text-classification": "text-classification",
-    "image-classification": "image-classification",
-    "causal-lm": "text-generation",
-    "seq2seq": "translation",
-}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twa_merge.errors import UserError, raise_disk_failure
+from twa_merge.errors import UserError, first_line, raise_disk_failure
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer")
@@ -159,5 +159,4 @@ def _hub(label: str, repo: str, revision: str | None) -> Source:
 
 
 def _hub_failure(label: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{label}: no such folder here, and the Hub gave no such model ({type(error).__name__}: {reason[:200]})"
+    return f"{label}: no such folder here, and the Hub gave no such model ({first_line(error)})"

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twa_merge.data_hub import first_line
-from twa_merge.errors import UserError
+from twa_merge.errors import UserError, first_line
 
 ALIASES = dict.fromkeys(("dev", "val", "valid", "eval", "development"), "validation") | {"training": "train"}
 

@@ -60,7 +60,7 @@ def write(
         _write_model(planned, soup.labels, folder, max_shard_bytes, progress=progress)
         if soup.folder is not None:
             copy_side_files(soup.folder, folder, dtype or _changed_dtype(planned))
-        replace(weights, fingerprints=soup.fingerprints).save(folder)
+        replace(weights, fingerprints=soup.fingerprints, revisions=soup.revisions).save(folder)
         if finish is not None:
             finish(folder)
     return output

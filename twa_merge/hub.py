@@ -1,0 +1,137 @@
+"""Pushing a merge to the Hub: what is public of it, in one commit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from twa_merge.card import public_names, public_recipe
+from twa_merge.errors import UserError, first_line
+from twa_merge.mixing import MixingWeights
+from twa_merge.plots import plot_mixing_weights
+from twa_merge.recipe import load_recipe, to_yaml
+
+_LEFT_OUT = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+_NAMES = {"_name_or_path", "name_or_path"}
+"""Where configs keep the folder that a model was loaded from."""
+_PATH = re.compile(r"(?<![\w:/.])(/[\w.@+~-]+){2,}/?")
+"""Configs that differ in a path are noted with it."""
+_TEXTS = {".json", ".md", ".yaml", ".txt", ".jinja"}
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Merge by twa-merge",
+) -> str:
+    """Upload a merged folder to the Hub and return its address.
+
+    Checkpoints that are not on the Hub are named `checkpoint-1`, ... in what is uploaded, and local paths are left out;
+    the folder itself stays as it is, also if the Hub refuses.
+
+    Args:
+        folder: written by `twa_merge`.
+        repo: `org/name`; made if it is not there.
+        private: make it a private one (default as the Hub has it; no effect on one that is there).
+        revision: branch, made if it is not there; default `main`.
+        token: default the one that `hf auth login` has left.
+        message: of the commit.
+
+    Raises:
+        UserError: no merge, no such name, no permission, or no network.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder).expanduser()
+    if not (folder / "mixing_weights.safetensors").is_file():
+        raise UserError(f"{folder}: not a folder that twa-merge has written; expected mixing_weights.safetensors in it")
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="twa_merge-") as public:
+        make_public(folder, Path(public))
+        try:
+            repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            done = api.upload_folder(repo_id=repo, folder_path=public, revision=revision, commit_message=message)
+        except Exception as error:  # transport errors share no public base class
+            raise UserError(
+                f"push to {repo}: the Hub did not take it ({first_line(error)}); {folder} is kept: check network and "
+                f"permission (hf auth login), then twa-merge push {folder} {repo}"
+            ) from error
+    return str(done.repo_url)
+
+
+def make_public(folder: Path, target: Path) -> None:
+    """Fill `target` with what of a merged folder may be shown: large files as links, reports with public names.
+
+    Raises:
+        UserError: a local path is left in a file.
+    """
+    weights = MixingWeights.load(folder)
+    names = public_names(weights.checkpoints, weights.revisions)
+    private = {label: name for label, name in zip(weights.checkpoints, names, strict=True) if label != name}
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in _LEFT_OUT and not path.name.startswith("."):
+            _put(path, target / path.name, private)
+    replace(weights, checkpoints=names).save(target)
+    if (folder / "mixing_weights.png").is_file():
+        plot_mixing_weights(replace(weights, checkpoints=names), target / "mixing_weights.png")
+    if (folder / "recipe.yaml").is_file():
+        recipe = public_recipe(load_recipe(folder / "recipe.yaml"), names)
+        (target / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    local = [label for label, name in private.items() if "@" not in name]
+    _require_no_paths(target, folder, [label for label in local if "/" in label])
+
+
+def _put(path: Path, target: Path, private: Mapping[str, str]) -> None:
+    if path.name.startswith(("mixing_weights.", "recipe.yaml")):
+        return  # written anew
+    if path.name == "report.json":
+        about = _renamed(json.loads(path.read_text(encoding="utf-8")), private)
+        target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    elif path.suffix == ".json" and path.name.endswith("config.json"):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in about.items() if key not in _NAMES or _is_hub_name(value)}
+        target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    elif path.name == "report.md":
+        target.write_text(_renamed(path.read_text(encoding="utf-8"), private), encoding="utf-8")
+    elif path.suffix == ".safetensors":
+        target.symlink_to(path.resolve())
+    else:
+        shutil.copyfile(path, target)
+
+
+def _is_hub_name(value: Any) -> bool:
+    return isinstance(value, str) and value.strip("/.~") == value and value.count("/") <= 1 and not Path(value).exists()
+
+
+def _renamed(value: Any, private: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for label in sorted(private, key=len, reverse=True):
+            value = re.sub(rf"(?<![\w./-]){re.escape(label)}(?![\w/-])", private[label], value)
+        return _PATH.sub("(a path)", value)
+    if isinstance(value, Mapping):
+        return {_renamed(key, private): _renamed(inner, private) for key, inner in value.items()}
+    return [_renamed(inner, private) for inner in value] if isinstance(value, list) else value
+
+
+def _require_no_paths(target: Path, folder: Path, labels: list[str]) -> None:
+    places = {str(Path.home()), str(Path.cwd()), str(folder.resolve()), *labels} - {"/"}
+    for path in sorted(target.iterdir()):
+        if path.suffix in _TEXTS:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for place in sorted(places, key=len, reverse=True):
+                if place in text:
+                    raise UserError(
+                        f"push: {folder / path.name} names the local path {place!r}; take it out, or remove the file"
+                    )
