@@ -28,7 +28,7 @@ import twa_merge as twa
 from twa_merge.recipe import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRAIN, HELD_OUT = 10_000, 2_500
+TRAIN, HELD_OUT = 5_000, 2_500
 
 
 class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
@@ -91,16 +91,17 @@ def scores(module: nn.Module, parts: dict[str, Pictures]) -> dict[str, Any]:
 
 
 class Epochs(twa.SnapshotCallback):
-    """Snapshots of every epoch, and the test accuracy at each: for the plot alone."""
+    """Snapshots of every few epochs, and the test accuracy at each: for the plot alone."""
 
-    def __init__(self, folder: Path, parts: dict[str, Pictures]) -> None:
-        super().__init__(folder=folder, overwrite=True)
+    def __init__(self, folder: Path, parts: dict[str, Pictures], every: int) -> None:
+        super().__init__(every_n_epochs=every, folder=folder, overwrite=True)
         self.parts, self.curve = parts, []
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_epoch_end(args, state, control, **kwargs)
-        self.curve.append(score(kwargs["model"], self.parts["test"]))
-        kwargs["model"].train()
+        if round(state.epoch) % self.every_n_epochs == 0:
+            self.curve.append({"epoch": round(state.epoch)} | score(kwargs["model"], self.parts["test"]))
+            kwargs["model"].train()
 
 
 def make_trainer(args: Any, seed: int, parts: dict[str, Pictures], epochs: int) -> tuple[Trainer, Epochs]:
@@ -125,7 +126,7 @@ def make_trainer(args: Any, seed: int, parts: dict[str, Pictures], epochs: int) 
         max_grad_norm=0,
         disable_tqdm=True,
     )
-    callback = Epochs(folder / "snapshots", parts)
+    callback = Epochs(folder / "snapshots", parts, args.every)
     trainer = Trainer(
         model,
         settings,
@@ -182,18 +183,21 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     snapshots = callback.snapshots
     steps_of_epoch = -(-TRAIN // args.batch_size)
     head = round(args.epochs * args.head)
-    for name, count in (("half", head), ("quarter", head // 2)):
-        chosen = snapshots[:count]
-        learning = {"steps": round(args.share * head * steps_of_epoch), "lr": args.twa_lr, "patience": 20}
-        found[f"{name}: TWA-t"] = merged(args, trainer, parts, chosen, learn_on="train", **learning)
-        found[f"{name}: TWA-t, whole model"] = merged(
-            args, trainer, parts, chosen, learn_on="train", granularity="model", **learning
-        )
-        found[f"{name}: TWA-v"] = merged(args, trainer, parts, chosen, **learning)
-        last = callback.curve[count - 1]
-        found[f"{name}: last snapshot"] = last | {"gap": float("nan")}
-        for first in sorted({0, count // 4, count // 2, 3 * count // 4}):
-            found[f"{name}: SWA from epoch {first + 1}"] = fixed_merge(trainer, parts, chosen, first)
+    kinds: dict[str, dict[str, Any]] = {
+        "TWA-t": {"learn_on": "train"},
+        "TWA-t, whole model": {"learn_on": "train", "granularity": "model"},
+        "TWA-v": {},
+    }
+    for name, epochs in (("half", head), ("quarter", head // 2)):
+        chosen = snapshots[: epochs // args.every]
+        steps = round(args.share * epochs * steps_of_epoch)
+        learning = {"steps": steps, "lr": args.twa_lr, "evaluations": 8}
+        for kind, options in kinds.items() if name == "half" else list(kinds.items())[:1]:
+            found[f"{name}: {kind}"] = merged(args, trainer, parts, chosen, **learning, **options)
+        found[f"{name}: last snapshot"] = callback.curve[len(chosen) - 1] | {"gap": float("nan")}
+        for first in sorted({0, len(chosen) // 4, len(chosen) // 2, 3 * len(chosen) // 4}):
+            start_epoch = args.every * (first + 1)
+            found[f"{name}: SWA from epoch {start_epoch}"] = fixed_merge(trainer, parts, chosen, first)
     shutil.rmtree(args.output / f"{args.net}-{seed}", ignore_errors=True)
     return found
 
@@ -218,16 +222,18 @@ def plot(found: list[dict[str, Any]], args: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    epochs = np.arange(1, args.epochs + 1)
     for seed in found:
+        epochs = [row["epoch"] for row in seed["curve"]]
         axes.plot(epochs, [row["accuracy"] for row in seed["curve"]], color="0.75", lw=1)
     axes.plot([], [], color="0.75", label="each seed's run")
     axes.axhline(np.mean([seed["full"]["accuracy"] for seed in found]), color="k", lw=1, ls="--", label="full run")
     head = round(args.epochs * args.head)
-    for kind, marker in (("TWA-t", "o"), ("TWA-v", "s"), ("SWA from epoch 1", "^")):
+    for kind, marker in (("TWA-t", "o"), ("TWA-v", "s"), (f"SWA from epoch {args.every}", "^")):
         for name, count in (("half", head), ("quarter", head // 2)):
+            if f"{name}: {kind}" not in found[0]:
+                continue
             values = [seed[f"{name}: {kind}"]["accuracy"] for seed in found]
-            cost = count + (args.share * head if "TWA" in kind else 0)
+            cost = count * (1 + args.share if "TWA" in kind else 1)
             label = kind if name == "half" else None
             axes.errorbar(
                 cost, np.mean(values), np.std(values), marker=marker, color=f"C{'os^'.index(marker)}", label=label
@@ -243,7 +249,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--net", choices=("resnet", "vgg"), required=True)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=30, help="of the full run")
+    parser.add_argument("--epochs", type=int, default=80, help="of the full run")
+    parser.add_argument("--every", type=int, default=2, help="epochs between snapshots")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--first-drop", type=float, default=0.5, help="share of the run before lr is divided by ten")
