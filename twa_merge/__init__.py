@@ -29,6 +29,8 @@ _EXPORTS = {
     "SnapshotCallback": "callbacks",
     "finish": "finishing",
     "push_to_hub": "hub",
+    "TWATrainer": "trainer",
+    "TWAConfig": "trainer",
 }
 
 __all__ = ["__version__", *_EXPORTS]

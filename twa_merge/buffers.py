@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from twa_merge.checkpoints import Soup
 
 
+STATISTICS_SAMPLES = 4096
+"""From which running statistics of every candidate are recomputed; measured in docs/method.md."""
+
+
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether the module keeps running statistics."""
     return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in module.modules())

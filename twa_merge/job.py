@@ -36,9 +36,6 @@ from twa_merge.tasks import Task
 from twa_merge.training import Learned
 from twa_merge.writer import shard_bytes, write
 
-_STATISTICS_SAMPLES = 4096
-"""From which BatchNorm's statistics of every candidate are recomputed; measured in docs/method.md."""
-
 
 @dataclass
 class Result:
@@ -201,7 +198,11 @@ class Job:
         fit = sorted({i for part, _ in data.folds for i in part})
         source = data.train if data.train is not None else Subset(data.held_out, fit)
         # shuffled: rows sorted by class would make batches of one class, and statistics without the others
-        order = np.random.default_rng(self.recipe.learn.seed).permutation(len(source))[:_STATISTICS_SAMPLES].tolist()
+        order = (
+            np.random.default_rng(self.recipe.learn.seed)
+            .permutation(len(source))[: buffers.STATISTICS_SAMPLES]
+            .tolist()
+        )
         source = Subset(source, order)
         size = self.recipe.learn.batch_size * self.recipe.learn.accumulation  # however a step is divided
         loader = DataLoader(source, batch_size=size, collate_fn=task.collate, drop_last=len(source) >= size)

@@ -1,0 +1,228 @@
+"""`TWATrainer`: transformers' `Trainer` on the coefficients of a merge."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from twa_merge import buffers
+from twa_merge.assembly import merged_model
+from twa_merge.card import model_card
+from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
+from twa_merge.hub import push_to_hub
+from twa_merge.mixing import MixingWeights
+from twa_merge.model import MergedModel
+from twa_merge.splits import split_indices
+from twa_merge.writer import write
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+@dataclass
+class TWAConfig(TrainingArguments):
+    """`TrainingArguments` with defaults that suit coefficients, and what makes the merge (see `LearnConfig`)."""
+
+    learning_rate: float = field(default=0.03, metadata={"help": "Share of each delta that a step may move."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or their share, with rising learning rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients of coefficients are not clipped."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data that are learned on."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples of a forward pass."})
+    granularity: str = field(default="tensor", metadata={"help": "model, layer or tensor: what shares a row."})
+    coordinates: str = field(default="relative", metadata={"help": "relative or normalized."})
+    directions: str = field(default="deltas", metadata={"help": "deltas, orthogonal or pca."})
+    components: int | None = field(default=None, metadata={"help": "Of pca, how many; default all."})
+    linear: bool = field(default=False, metadata={"help": "Learn the scale of the centre too."})
+    storage: str = field(default="auto", metadata={"help": "Of the deltas: float32, bfloat16, int8, int4, disk, auto."})
+    regularization: float = field(default=1e-5, metadata={"help": "lambda / 2 * ||c||^2 is added to the loss (eq. 2)."})
+    select_fraction: float = field(
+        default=0.2, metadata={"help": "Of an eval_dataset that is learned on: kept to decide."}
+    )
+
+
+class TWATrainer(Trainer):
+    """Learns the coefficients of a merge as `Trainer` trains weights.
+
+    Logging, evaluation, `compute_metrics`, callbacks, resume, `load_best_model_at_end` and several processes work as in
+    `Trainer`. `checkpoint-*` folders hold the coefficients; `save_model` and `push_to_hub` leave the merged model,
+    exact from the checkpoints.
+
+        trainer = TWATrainer(["runs/a", "runs/b"], args=TWAConfig("out"), eval_dataset=held_out)
+        trainer.train()
+        trainer.save_model()
+
+    Args:
+        checkpoints: folders, patterns, Hub ids, or a `Soup`.
+        args: `TWAConfig`; plain `TrainingArguments` too, whose learning rate is then to be set (0.03, not 5e-5).
+        model: the module whose weights are merged; default the task's Auto class on the first checkpoint.
+        task: for that, where the checkpoint's `architectures` does not say.
+        train_dataset: learn on this (TWA-t). Without it, on a part of `eval_dataset` (TWA-v); the rest evaluates.
+        eval_dataset: as of `Trainer`.
+        options: everything else that `Trainer` takes, except `model_init`.
+
+    Raises:
+        UserError: the checkpoints do not fit together, there are no data, or an option that has no meaning here.
+    """
+
+    model: MergedModel
+
+    def __init__(
+        self,
+        checkpoints: Soup | Sequence[str | Path],
+        args: TrainingArguments | None = None,
+        *,
+        model: nn.Module | None = None,
+        task: str | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **options: Any,
+    ) -> None:
+        if options.get("model_init") is not None:
+            raise UserError("TWATrainer: model_init has no meaning; the weights come from the checkpoints")
+        args = TWAConfig("trainer_output") if args is None else args
+        if not isinstance(args, TWAConfig) and args.learning_rate == TrainingArguments.learning_rate:
+            warnings.warn(
+                f"learning_rate {args.learning_rate:g} is Trainer's default for weights; coefficients need about 0.03: "
+                "use TWAConfig, or set it",
+                stacklevel=2,
+            )
+        self.soup = checkpoints if isinstance(checkpoints, Soup) else Soup(checkpoints)
+        made = merged_model(self.soup, model, task=task, device=args.device, **_merge_options(args))
+        if train_dataset is None and eval_dataset is not None:
+            train_dataset, eval_dataset = _divide(eval_dataset, args)
+        self._regularization = float(getattr(args, "regularization", 0.0))
+        super().__init__(model=made, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
+
+    def mixing_weights(self) -> MixingWeights:
+        """Return the present merge, BatchNorm's statistics recomputed from training data."""
+        weights = self.model.mixing_weights()
+        if not buffers.has_batchnorm(self.model.module):
+            return weights
+        with self.model.materialized(weights) as module:
+            self._recompute(module)
+            return MixingWeights(
+                weights.table,
+                weights.groups,
+                weights.checkpoints,
+                statistics=buffers.statistics(module),
+                fingerprints=weights.fingerprints,
+                linear=weights.linear,
+            )
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        """Return Trainer's loss, in training with the regulariser of eq. 2."""
+        found = super().compute_loss(model, inputs, *arguments, **options)
+        if not (model.training and self._regularization):
+            return found
+        added = self._regularization / 2 * self.model.twa_coefficients.square().sum()
+        return (found[0] + added, *found[1:]) if isinstance(found, tuple) else found + added
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """Evaluate with BatchNorm's statistics of the present merge."""
+        if buffers.has_batchnorm(self.model.module):
+            self.model.refresh()
+            self._recompute(self.model.module)
+        return super().evaluation_loop(*arguments, **options)
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write the card of a merge."""
+        if self.is_world_process_zero():
+            card = model_card(self.model.mixing_weights(), self.soup)
+            Path(self._output_dir(), "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the merged model and upload it, without local paths; return the repository's address."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token or self.args.hub_token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card()
+        if not self.is_world_process_zero():
+            return None
+        assert self.hub_model_id is not None
+        return push_to_hub(
+            self._output_dir(),
+            self.hub_model_id,
+            private=private,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+            message=commit_message or "End of training",
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing while training: a checkpoint holds coefficients, not a model."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save coefficients in a `checkpoint-*` folder, the merged model anywhere else."""
+        folder = Path(output_dir if output_dir is not None else self._output_dir())
+        weights = self.mixing_weights()  # on every process: statistics may be recomputed
+        super()._save(str(folder), state_dict)
+        if not self.args.should_save:
+            return
+        if _CHECKPOINT.fullmatch(folder.name):
+            weights.save(folder)
+            return
+        (folder / "model.safetensors").unlink()  # the coefficients
+        with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as beside:
+            merge = write(self.soup, weights, Path(beside) / "merge")
+            for path in merge.iterdir():
+                os.replace(path, folder / path.name)
+            shutil.rmtree(merge)
+
+    def _recompute(self, module: nn.Module) -> None:
+        from torch.utils.data import DataLoader, Subset
+
+        assert self.train_dataset is not None
+        size = len(self.train_dataset)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(self.args.seed)  # a sampler's own would change the order of training
+        chosen = torch.randperm(size, generator=generator)[: buffers.STATISTICS_SAMPLES].tolist()
+        # all of it in every process; without the columns that the model does not take
+        whole = self.get_eval_dataloader(self.train_dataset)
+        batch = self.args.per_device_train_batch_size
+        part, last = Subset(whole.dataset, chosen), len(chosen) >= batch
+        loader = DataLoader(part, batch, collate_fn=whole.collate_fn, drop_last=last)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            batches = (self._prepare_inputs(batch) for batch in loader)
+            buffers.recompute(module, batches, lambda inner, batch: inner(**batch))
+
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None
+        return self.args.output_dir
+
+
+def _merge_options(args: TrainingArguments) -> dict[str, Any]:
+    names = ("granularity", "coordinates", "directions", "components", "linear", "storage")
+    return {name: getattr(args, name) for name in names} if isinstance(args, TWAConfig) else {}
+
+
+def _divide(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:
+    """Return the parts of a data set that are learned on and that decide."""
+    from torch.utils.data import Subset
+
+    if isinstance(dataset, dict):
+        raise UserError(f"eval_dataset: expected one data set to learn on, got several ({', '.join(dataset)})")
+    fraction = args.select_fraction if isinstance(args, TWAConfig) else TWAConfig.select_fraction
+    [(fit, select)] = split_indices(len(dataset), select_fraction=fraction, min_select=1, seed=args.seed)
+    if hasattr(dataset, "select"):  # a `datasets.Dataset` stays one: Trainer removes columns of those
+        return dataset.select(fit), dataset.select(select)
+    return Subset(dataset, fit), Subset(dataset, select)
