@@ -28,6 +28,11 @@ _TRUNK = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 _VISION = {**_TRUNK, "image_size": 16, "patch_size": 8}
 _BERT = {**_TRUNK, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0}
 _T5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+_MARIAN = {
+    **{"vocab_size": VOCAB, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+    **{"eos_token_id": 3, "forced_eos_token_id": 3, "decoder_start_token_id": 0, "max_position_embeddings": 64},
+}
 _LLAMA = {**_TRUNK, "vocab_size": VOCAB, "num_key_value_heads": 1, "max_position_embeddings": 64, **_IDS}
 _MOE = {**_LLAMA, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 _LABELS = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
@@ -56,6 +61,7 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_MOE, "num_experts": 3, "head_dim": 8}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA, "num_local_experts": 3}),
+    "marian": ("MarianMTModel", "MarianConfig", _MARIAN),
     "resnet": ("ResNetForImageClassification", "ResNetConfig", _RESNET),
 }
 

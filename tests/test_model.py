@@ -342,3 +342,17 @@ def test_methods_of_the_module_read_the_present_merge(tmp_path):
     with model.materialized(mixing.one_hot(2, soup.labels)):
         pass
     torch.testing.assert_close(generated(model).logits[0], learned)
+
+
+def test_what_a_model_computes_itself_is_left_alone(tmp_path):
+    """Marian's sinusoidal positions are parameters that are never saved."""
+    soup = Soup(factory.make_soup("marian", tmp_path))
+    model = merged_model(soup)
+    positions = model.module.get_parameter("model.encoder.embed_positions.weight").detach().clone()
+    assert "model.encoder.embed_positions.weight" not in model.basis.blocks and positions.abs().max() > 0.5
+    ids = torch.tensor([[5, 6, 7, 3]])
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.twa_coefficients.grad.abs().max() > 0
+    module = model.merge_and_unload()
+    assert torch.equal(module.get_parameter("model.encoder.embed_positions.weight"), positions)

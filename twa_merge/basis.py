@@ -8,7 +8,7 @@ Here a group's shares `a_N` are the coordinates without the normalisation of eq.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -179,11 +179,19 @@ def build_basis(
 def mergeable_parameters(soup: Soup, module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the module's float parameters by name, tied ones once.
 
+    What transformers does not save, since it is computed (Marian's sinusoidal positions), is left as it is.
+
     Raises:
         UserError: no checkpoint holds a parameter of the module, or a tensor is left over.
     """
+    computed: Iterable[str] = getattr(module, "_keys_to_ignore_on_save", None) or ()  # type: ignore[assignment]
     parameters = parameters_by_name(module, lambda name: soup.tensor_of(name) is not None)
     found = {name: p for name, p in parameters.items() if p.is_floating_point()}
+    for name in [name for name in found if name in computed and soup.tensor_of(name) is None]:
+        if found.pop(name).is_meta or sharding.is_sharded(module):
+            raise UserError(
+                f"{type(module).__name__}: computes {name!r} itself, and cannot be spread; use --shard none"
+            )
     for name in found:
         if soup.tensor_of(name) is None:
             raise UserError(

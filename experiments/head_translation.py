@@ -1,0 +1,230 @@
+"""Head of training, translation (paper, table 4): half of a run and a learned merge, or all of it.
+
+    python experiments/head_translation.py --data DATA --output runs/head-translation
+
+A small encoder-decoder Transformer (Marian's architecture) is trained from nothing on Multi30k, English to German, by
+Adam with a learning rate that is divided by ten at half and at three quarters of the run. Snapshots of the first half,
+two an epoch, are merged on the training data (TWA-t), on the validation data (TWA-v), or fixed. BLEU is that of greedy
+decoding on the test set of 2016, scored at the end; it chooses nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, for_each_seed, mean_sd, paired
+from torch import nn
+from transformers import (
+    DataCollatorForSeq2Seq,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import twa_merge as twa
+from twa_merge.assembly import load_merge
+from twa_merge.recipe import Recipe
+
+PAIRS = {"train": "train", "held out": "val", "test": "test_2016_flickr"}
+
+
+def read(data: Path, name: str, language: str) -> list[str]:
+    """Return the lines of one side."""
+    return (data / f"multi30k/{name}.{language}").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-pair encoding of both languages that ends each text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+
+
+def features(data: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+    """Return token ids of the pairs of a split."""
+    sources = tokenizer(read(data, name, "en"), truncation=True)["input_ids"]
+    targets = tokenizer(read(data, name, "de"), truncation=True)["input_ids"]
+    return [
+        {"input_ids": s, "attention_mask": [1] * len(s), "labels": t} for s, t in zip(sources, targets, strict=True)
+    ]
+
+
+def make_model(args: Any, tokenizer: PreTrainedTokenizerFast) -> MarianMTModel:
+    """Return the Transformer with fresh weights."""
+    size = args.width
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=size,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=2 * size,
+        decoder_ffn_dim=2 * size,
+        pad_token_id=0,
+        eos_token_id=1,
+        forced_eos_token_id=1,
+        decoder_start_token_id=0,
+        max_position_embeddings=128,
+        scale_embedding=True,
+        dropout=0.1,
+    )
+    return MarianMTModel(config)
+
+
+@torch.no_grad()
+def bleu(module: nn.Module, data: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Return the BLEU of greedy decoding (sacrebleu's default tokens)."""
+    import sacrebleu
+
+    module.eval()
+    sources, references = read(data, name, "en"), read(data, name, "de")
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    found = [""] * len(sources)
+    for start in range(0, len(order), 100):
+        chosen = order[start : start + 100]
+        batch = tokenizer([sources[i] for i in chosen], padding=True, truncation=True, return_tensors="pt")
+        inputs = {key: batch[key].to(module.device) for key in ("input_ids", "attention_mask")}
+        ids = module.generate(**inputs, max_new_tokens=50, do_sample=False, num_beams=1)
+        for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            found[i] = text.strip()
+    return float(sacrebleu.corpus_bleu(found, [references]).score)
+
+
+@torch.no_grad()
+def loss_of(module: nn.Module, part: list[dict[str, Any]], collate: Any) -> float:
+    """Return the mean cross-entropy of the labels."""
+    module.eval()
+    total = count = 0.0
+    for start in range(0, len(part), 100):
+        batch = {key: value.to(module.device) for key, value in collate(part[start : start + 100]).items()}
+        labels = int((batch["labels"] != -100).sum())
+        total += float(module(**batch).loss) * labels
+        count += labels
+    return total / count
+
+
+def run(args: Any, seed: int) -> dict[str, Any]:
+    """Train once; merge the snapshots of the first half, and of the first quarter."""
+    tokenizer = make_tokenizer(read(args.data, "train", "en") + read(args.data, "train", "de"), args.vocabulary)
+    parts = {part: features(args.data, name, tokenizer) for part, name in PAIRS.items()}
+    set_seed(seed)
+    model = make_model(args, tokenizer)
+    collate = DataCollatorForSeq2Seq(tokenizer, model)
+    steps_of_epoch = -(-len(parts["train"]) // args.batch_size)
+    steps = steps_of_epoch * args.epochs
+    every = steps_of_epoch // 2
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-4)
+
+    def share(step: int) -> float:
+        drop = 0.1 ** ((step >= steps // 2) + (step >= 3 * steps // 4))
+        return drop * min(1.0, (step + 1) / 400)
+
+    folder = args.output / f"translation-{seed}"
+    settings = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=100,
+        seed=seed,
+        save_strategy="no",
+        logging_steps=steps_of_epoch,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        train_sampling_strategy="group_by_length",
+    )
+    callback = twa.SnapshotCallback(every, folder=folder / "snapshots", overwrite=True)
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=parts["train"],
+        eval_dataset=parts["held out"],
+        data_collator=collate,
+        processing_class=tokenizer,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        callbacks=[callback],
+    )
+    start = time.perf_counter()
+    trainer.train()
+
+    def scores() -> dict[str, float]:
+        found = {
+            "BLEU": bleu(model, args.data, "test_2016_flickr", tokenizer),
+            "loss": loss_of(model, parts["test"], collate),
+        }
+        return found | {"validation loss": loss_of(model, parts["held out"], collate)}
+
+    found: dict[str, Any] = {"training seconds": time.perf_counter() - start}
+    found["full"] = scores()
+    snapshots = callback.snapshots
+    half = len(snapshots) // 2
+    common = {"recipe": Recipe(margin=-1e9, eval_batch_size=100), "batch_size": args.batch_size, "lr": args.twa_lr}
+    learning = {"steps": round(args.share * steps / 2), "evaluations": 8}
+    for name, chosen in (("half", snapshots[:half]), ("quarter", snapshots[: half // 2])):
+        for kind, options in (("TWA-t", {"learn_on": "train"}), ("TWA-v", {})):
+            if name == "quarter" and kind == "TWA-v":
+                continue
+            start = time.perf_counter()
+            twa.finish(trainer, chosen, **common, **learning, **options)
+            found[f"{name}: {kind}"] = scores() | {"seconds": time.perf_counter() - start}
+        soup = twa.Soup(chosen)
+        fixed = {"last snapshot": twa.one_hot(len(soup) - 1, soup.labels), "SWA": twa.uniform(soup.labels)}
+        fixed["SWA of the last half"] = twa.last_k(len(soup) // 2, soup.labels)
+        for kind, weights in fixed.items():
+            load_merge(model, soup, weights)
+            found[f"{name}: {kind}"] = scores()
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return the scores of all seeds as Markdown."""
+    rows = ["| | BLEU | against the full run | test loss | validation loss |", "|---|--:|--:|--:|--:|"]
+    full = [seed["full"]["BLEU"] for seed in found]
+    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
+        of = [seed[name] for seed in found]
+        scores = [row["BLEU"] for row in of]
+        columns = (
+            mean_sd(scores),
+            paired(scores, full),
+            *(mean_sd([r[k] for r in of]) for k in ("loss", "validation loss")),
+        )
+        rows.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run all seeds and print the table."""
+    parser = arguments(__doc__)
+    parser.add_argument("--epochs", type=int, default=14, help="of the full run")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
+    parser.add_argument("--twa-lr", type=float, default=0.03)
+    args = parser.parse_args()
+    found = for_each_seed(args, "translation", lambda seed: run(args, seed))
+    text = table(found)
+    (args.output / "translation.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
