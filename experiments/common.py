@@ -15,7 +15,7 @@ import numpy as np
 def arguments(about: str | None, *, seeds: tuple[int, ...] = (0, 1, 2)) -> argparse.ArgumentParser:
     """Return a parser of --data, --output and --seeds."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
+    parser.add_argument("--data", type=Path, help="folder of the public data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder of runs, JSON, table and plot")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     return parser

@@ -66,8 +66,8 @@ def _check(folder: Path, seed: int) -> None:
         raise UserError(f"{folder}: exists and is no demo; choose another folder with --keep")
 
 
-def make_soup(folder: Path, seed: int) -> None:
-    """Pretrain one small ViT and fine-tune it `NUM_MEMBERS` times, with transformers' `Trainer`."""
+def make_soup(folder: Path, seed: int, members: int = NUM_MEMBERS) -> None:
+    """Pretrain one small ViT and fine-tune it `members` times, with transformers' `Trainer`."""
     from tqdm import tqdm
     from transformers import ViTImageProcessorPil
 
@@ -78,8 +78,8 @@ def make_soup(folder: Path, seed: int) -> None:
     )
     train = _features(splits["train"], processor)
     generator = torch.Generator().manual_seed(seed)
-    choices = [_hyper_parameters(generator) for _ in range(NUM_MEMBERS)]
-    with tqdm(total=NUM_MEMBERS + 1, desc="making checkpoints", disable=None) as bar:
+    choices = [_hyper_parameters(generator) for _ in range(members)]
+    with tqdm(total=members + 1, desc="making checkpoints", disable=None) as bar:
         torch.manual_seed(seed)
         model = _new_vit()
         _train(model, train, folder / "trainer", seed, {"learning_rate": 2e-3, "epochs": 40, "weight_decay": 0.05})
