@@ -98,7 +98,7 @@ def table(found: list[dict[str, Any]]) -> str:
         f"| | test loss | against greedy of this N | against greedy of N = {max(SIZES)} | test accuracy | ships |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name in found[0]:
+    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
         losses = [seed[name]["loss"] for seed in found]
         greedy = [seed[f"greedy, N = {name.rpartition(' ')[2]}"]["loss"] for seed in found]
         accuracy = mean_sd([seed[name]["accuracy"] for seed in found])

@@ -129,7 +129,7 @@ def table(found: list[dict[str, Any]]) -> str:
         "| | best single | uniform | greedy | learned | learned - greedy | ships - greedy | learned ships |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name in found[0]:
+    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
         of = {key: [seed[name][key] for seed in found] for key in found[0][name]}
         means = [mean_sd(of[key]) for key in ("best single", "uniform", "greedy", "learned")]
         differences = [paired(of["learned"], of["greedy"]), paired(of["ships"], of["greedy"])]

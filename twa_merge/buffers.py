@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twa_merge.checkpoints import Soup
 
 
-STATISTICS_SAMPLES = 4096
+STATISTICS_SAMPLES = 2048
 """From which running statistics of every candidate are recomputed; measured in docs/method.md."""
 
 
