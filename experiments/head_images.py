@@ -4,8 +4,8 @@
 
 A net with BatchNorm is trained on CIFAR-10 (JPEG) by SGD with a learning rate that drops by ten at half and at three
 quarters of the run. Its snapshots of the first half, all before the first drop, are merged: on the training data
-(TWA-t, one row for the whole model), on most of the held-out pictures (TWA-v, a row for each tensor), or fixed (SWA from
-several starts). Test pictures are scored at the end and choose nothing. Settings were chosen on seed 100.
+(TWA-t, one row for the whole model), on most of the held-out pictures (TWA-v, a row for each tensor), or fixed (SWA
+from several starts). Test pictures are scored at the end and choose nothing. Settings were chosen on seed 100.
 """
 
 from __future__ import annotations

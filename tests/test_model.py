@@ -16,6 +16,7 @@ from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.groups import group_parameters
 from twa_merge.model import MergedModel
+from twa_merge.writer import write
 
 TOKENS = torch.arange(2, 26).view(3, 8)
 BATCHES = {
@@ -48,6 +49,8 @@ def build(kind, folder, granularity="tensor", coordinates="relative", frozen=())
     soup = Soup(factory.make_soup(kind, folder, n=4, frozen=frozen))
     cls = getattr(transformers, {**{k: factory._TINY[k][0] for k in factory._TINY}}[kind])
     module = cls.from_pretrained(soup.folder)
+    if kind in factory.FUSED:
+        module.config._experts_implementation = "eager"  # the only one in float64
     for name, value in vars(module.config).items():
         if "drop" in name and isinstance(value, float):
             setattr(module.config, name, 0.0)
@@ -231,10 +234,25 @@ def test_the_forward_shows_the_signature_of_the_module(tmp_path):
     assert isinstance(model, MergedModel)
 
 
-def test_modules_whose_experts_are_fused_on_load_are_refused_with_one_line(tmp_path):
-    soup = Soup(factory.make_soup("qwen2_moe", tmp_path))
-    with pytest.raises(UserError, match=r"fused experts.*not supported yet"):
-        merged_model(soup)
+@pytest.mark.parametrize("kind", factory.FUSED)
+def test_experts_that_are_fused_on_load_learn(tmp_path, kind):
+    model, oracle = build(kind, tmp_path, granularity="layer")
+    gradients(model, oracle, BATCHES["gpt2"], tolerance=1e-3)
+    assert any("experts" in name for name in model.basis.blocks)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8", "disk"])
+@pytest.mark.parametrize("kind", factory.FUSED)
+def test_fused_experts_are_put_in_place_as_they_are_written(tmp_path, kind, storage):
+    import transformers
+
+    soup = Soup(factory.make_soup(kind, tmp_path / "soup"))
+    table = mixing.ema(0.7, soup.labels)
+    write(soup, table, tmp_path / "out")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with merged_model(soup, storage=storage).materialized(table) as module:
+        for (name, value), wanted in zip(module.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_recurrent_layers_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
-from twa_merge.tensorfile import Entry, read_tensor
+from twa_merge.tensorfile import Entry, JoinedEntry, read_tensor
 
 Header = dict[str, Entry]
 
@@ -72,6 +72,13 @@ def _by_key(header: Header, names: NameMap, label: str) -> Header:
             raise UserError(untied(label, name))
         keyed.setdefault(key, entry)
     return keyed
+
+
+def joined(name: str, parts: Sequence[SoupTensor], shape: tuple[int, ...]) -> SoupTensor:
+    """Return several tensors, one after another, as the one of the module that they are parts of."""
+    return SoupTensor(
+        name, tuple(JoinedEntry.of(entries, shape) for entries in zip(*(p.entries for p in parts), strict=True))
+    )
 
 
 def untied(label: str, name: str) -> str:

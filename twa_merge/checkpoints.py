@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twa_merge.alignment import Header, SoupTensor, align, same_data, untied
+from twa_merge.alignment import Header, SoupTensor, align, joined, same_data, untied
 from twa_merge.configs import compare_configs
 from twa_merge.errors import UserError
 from twa_merge.names import NameMap, map_names, meta_module
@@ -81,19 +81,25 @@ class Soup:
         if self.name_map is None:
             return {tensor.name: tensor for tensor in self.tensors}
         found: dict[str, SoupTensor] = {}
+        parts: dict[str, dict[tuple[int, int], SoupTensor]] = {}
         for tensor in self.tensors:
             mapped = self.name_map.mapped.get(tensor.name)
             if mapped is None:
                 continue
             if mapped.part is not None:
-                raise UserError(
-                    f"{self.labels[0]}: {mapped.parameters[0]!r} is put together from several tensors on load (fused "
-                    "experts); learning on such models is not supported yet, `average` and `apply` are"
-                )
+                if mapped.place is None or len(mapped.parameters) != 1:
+                    raise UserError(
+                        f"{self.labels[0]}: {mapped.parameters[0]!r} is computed from several tensors on load; "
+                        "learning on such models is not supported yet, `average` and `apply` are"
+                    )
+                parts.setdefault(mapped.parameters[0], {})[mapped.place] = tensor
+                continue
             twin = found.setdefault(mapped.parameters[0], tensor)
             for label, a, b in zip(self.labels, twin.entries, tensor.entries, strict=True):
                 if a is not b and not same_data(a, b):
                     raise UserError(untied(label, tensor.name))
+        for name, placed in parts.items():
+            found[name] = joined(name, [placed[place] for place in sorted(placed)], self.name_map.shapes[name])
         return found
 
     def parameters_of(self, name: str) -> tuple[str, ...]:

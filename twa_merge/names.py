@@ -24,6 +24,11 @@ class Mapped:
     part: str | None
     """None: the tensor on disk *is* the parameter, renamed at most. Otherwise which part of a converted parameter it
     is (fused experts, split qkv), by a name that does not depend on the spelling on disk."""
+    place: tuple[int, int] | None = None
+    """Its place among the parts, where the parameter is nothing but its parts one after another."""
+
+
+_Loaded = tuple[tuple[str, ...], str | None, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class NameMap:
     unused: tuple[str, ...]
     """Names on disk that `from_pretrained` would ignore."""
     parameters: tuple[str, ...]
-    """Float parameters of the module in its order, each storage once, by its canonical name."""
+    """Float parameters of the module in its order, each storage once, by its canonical name; not what it computes."""
     buffers: tuple[str, ...]
     """Persistent buffers of the module."""
     ties: Mapping[str, str]
     """Alias -> canonical name of the same storage."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the float parameters."""
 
 
 def map_names(module: nn.Module, disk_names: Iterable[str]) -> NameMap:
@@ -56,19 +63,21 @@ def map_names(module: nn.Module, disk_names: Iterable[str]) -> NameMap:
     ties = _ties(module)
     loaded = _load(module, names)
     mapped = {
-        name: Mapped(tuple(dict.fromkeys(ties.get(target, target) for target in targets)), part)
+        name: Mapped(tuple(dict.fromkeys(ties.get(target, target) for target in targets)), part, place)
         for name in names
         if name in loaded
-        for targets, part in [loaded[name]]
+        for targets, part, place in [loaded[name]]
     }
     persistent = module.state_dict(keep_vars=True).keys()
-    parameters = module.named_parameters(remove_duplicate=False)
+    computed: Iterable[str] = getattr(module, "_keys_to_ignore_on_save", None) or ()  # type: ignore[assignment]
+    parameters = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if n not in computed]
     return NameMap(
         mapped=mapped,
         unused=tuple(name for name in names if name not in mapped),
         parameters=tuple(name for name, p in parameters if name not in ties and p.is_floating_point()),
         buffers=tuple(name for name, _ in module.named_buffers() if name in persistent),
         ties=ties,
+        shapes={name: tuple(p.shape) for name, p in module.named_parameters() if p.is_floating_point()},
     )
 
 
@@ -126,13 +135,13 @@ def _model_class(folder: Path) -> Any:
     return cls
 
 
-def _load(module: nn.Module, names: list[str]) -> dict[str, tuple[tuple[str, ...], str | None]]:
-    """Follow `convert_and_load_state_dict_in_model` of transformers: name on disk -> (names in the module, part)."""
+def _load(module: nn.Module, names: list[str]) -> dict[str, _Loaded]:
+    """Follow `convert_and_load_state_dict_in_model` of transformers: name on disk -> `Mapped`, as plain values."""
     from transformers import PreTrainedModel
 
     state = module.state_dict(keep_vars=True)
     if not isinstance(module, PreTrainedModel):
-        return {name: ((name,), None) for name in names if name in state}
+        return {name: ((name,), None, None) for name in names if name in state}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -140,7 +149,7 @@ def _load(module: nn.Module, names: list[str]) -> dict[str, tuple[tuple[str, ...
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     prefix = module.base_model_prefix
-    loaded: dict[str, tuple[tuple[str, ...], str | None]] = {}
+    loaded: dict[str, _Loaded] = {}
     claimed: dict[str, tuple[str, str | None]] = {}
     position: Counter[tuple[str, str]] = Counter()
     # transformers' order: it numbers the experts, settles which of two spellings wins, and some renamings depend on it.
@@ -157,18 +166,38 @@ def _load(module: nn.Module, names: list[str]) -> dict[str, tuple[tuple[str, ...
             )
         if pattern is None:
             if other == name:  # of two spellings the first is loaded, the other ignored
-                loaded[name] = (target,), None
+                loaded[name] = (target,), None, None
             continue
-        part = f"{pattern}[{position[target, pattern]}]"
+        number = position[target, pattern]
         position[target, pattern] += 1
-        loaded[name] = _expand(target, pattern, converters, state), part
+        # Of several converters with the same pattern transformers uses the last.
+        converter = next(c for c in reversed(converters) if pattern in c.source_patterns)
+        loaded[name] = (
+            _expand(target, converter, state),
+            f"{pattern}[{number}]",
+            _place(converter, pattern, number),
+        )
     return loaded
 
 
-def _expand(target: str, pattern: str, converters: list[Any], state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return every parameter that the converter of `pattern` fills; `target` is the first."""
-    # Of several converters with the same pattern transformers uses the last.
-    converter = next(c for c in reversed(converters) if pattern in c.source_patterns)
+def _place(converter: Any, pattern: str, number: int) -> tuple[int, int] | None:
+    """Return the place of the `number`-th tensor of a pattern in a parameter that lists its parts one after another.
+
+    So are experts that are stacked, each made of its patterns' tensors, and tensors that are joined by rows.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    steps = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    if len(converter.target_patterns) > 1 or any(step[0] not in (Concatenate, MergeModulelist) for step in steps):
+        return None
+    which = list(converter.source_patterns).index(pattern)
+    if steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        return number, which
+    return (which, number) if steps == [(Concatenate, 0)] else None
+
+
+def _expand(target: str, converter: Any, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return every parameter that a converter fills; `target` is the first."""
     first, *others = converter.target_patterns
     candidates = [target, *(target.replace(first, other) for other in others)]
     return tuple(name for name in candidates if name in state)

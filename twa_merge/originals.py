@@ -43,7 +43,11 @@ class MappedFiles:
         self._maps: dict[Path, tuple[BinaryIO, mmap.mmap, Tensor]] = {}
 
     def view(self, entry: Entry, position: int, count: int) -> Tensor:
-        """Return elements `position ..` of a tensor, flat, not copied; not to be written to."""
+        """Return elements `position ..` of a tensor, flat, not to be written to; not copied if they lie together."""
+        pieces = list(entry.pieces(position, count))
+        if len(pieces) != 1:
+            return torch.cat([self.view(*piece) for piece in pieces])
+        [(entry, position, count)] = pieces
         size = entry.dtype.itemsize
         first = entry.start + position * size
         raw = self._map(entry.file)[2][first : first + count * size]
@@ -51,8 +55,9 @@ class MappedFiles:
 
     def read_ahead(self, entry: Entry, position: int, count: int) -> None:
         """Ask the system to read elements `position ..` in the background, where it can be asked."""
-        file, mapped, _ = self._map(entry.file)
-        if count > 0 and hasattr(mmap, "MADV_WILLNEED"):
+        pieces = entry.pieces(position, count) if hasattr(mmap, "MADV_WILLNEED") else ()
+        for entry, position, count in pieces:
+            file, mapped, _ = self._map(entry.file)
             first = entry.start + position * entry.dtype.itemsize
             last = first + count * entry.dtype.itemsize
             page = first // mmap.PAGESIZE * mmap.PAGESIZE

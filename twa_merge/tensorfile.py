@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +54,34 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def pieces(self, position: int, count: int) -> Iterator[tuple[Entry, int, int]]:
+        """Yield (tensor of a file, position in it, elements) of the elements `position .. position + count`."""
+        yield self, position, count
+
+
+@dataclass(frozen=True)
+class JoinedEntry(Entry):
+    """Several tensors, one after another, that are one tensor of the module (fused experts)."""
+
+    parts: tuple[Entry, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Entry], shape: tuple[int, ...]) -> JoinedEntry:
+        """Return the tensor of a shape that the parts make up."""
+        assert sum(part.numel for part in parts) == math.prod(shape) and len({part.dtype for part in parts}) == 1
+        return cls(parts[0].file, parts[0].dtype, shape, parts[0].start, tuple(parts))
+
+    def pieces(self, position: int, count: int) -> Iterator[tuple[Entry, int, int]]:
+        for part in self.parts:
+            if count <= 0:
+                return
+            if position < part.numel:
+                size = min(count, part.numel - position)
+                yield part, position, size
+                position, count = 0, count - size
+            else:
+                position -= part.numel
 
 
 @dataclass(frozen=True)
@@ -174,17 +202,21 @@ class RangeReader:
         Args:
             window: count elements in this part of the tensor.
         """
-        if entry.file not in self._files:
-            self._files[entry.file] = entry.file.open("rb", buffering=0)
         nbytes = count * entry.dtype.itemsize
         if len(self._raw) < nbytes:
             self._raw = torch.empty(nbytes, dtype=torch.uint8)
         out = self._raw[:nbytes].view(entry.dtype)
         done = 0
-        for position, size in (window or Window.whole(entry.numel)).pieces(first, count):
-            read_range(self._files[entry.file], entry, position, out[done : done + size])
-            done += size
+        for start, length in (window or Window.whole(entry.numel)).pieces(first, count):
+            for part, position, size in entry.pieces(start, length):
+                read_range(self._file(part.file), part, position, out[done : done + size])
+                done += size
         return out
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        return self._files[path]
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -194,10 +226,8 @@ def read_tensor(entry: Entry) -> Tensor:
 
 def read_head(entry: Entry, count: int) -> Tensor:
     """Return the first `count` elements of a tensor, flat."""
-    out = torch.empty(count, dtype=entry.dtype)
-    with entry.file.open("rb", buffering=0) as file:
-        read_range(file, entry, 0, out)
-    return out
+    with RangeReader() as reader:
+        return reader.read(entry, 0, count)
 
 
 class TensorFileWriter:
