@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import twa_merge as twa
 from tests import factory
 from tests.trainers import make_trainer, tokens
-from twa_merge.snapshots import SnapshotWriter, find_snapshots
+from twa_merge.snapshots import DiskStore, SnapshotTaker
 
 
 class Watch(TrainerCallback):
@@ -87,7 +87,7 @@ def test_snapshots_of_an_earlier_run_are_not_lost(tmp_path):
     make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(5)]).train()
     with pytest.raises(twa.UserError, match="holds 2 of an earlier run; move them"):
         make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(6)]).train()
-    assert list(find_snapshots(tmp_path / "_snapshots")) == [5, 10]
+    assert DiskStore(tmp_path / "_snapshots").steps == [5, 10]
     again = twa.SnapshotCallback(6, overwrite=True)
     make_trainer(tmp_path, callbacks=[again]).train()
     assert steps(again) == [6, 12]
@@ -134,13 +134,63 @@ def test_adapters_are_merged_into_their_base(tmp_path):
 
 def test_a_snapshot_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    writer = SnapshotWriter(tmp_path / "file")
+    writer = SnapshotTaker(DiskStore(tmp_path / "file"))
     writer.take(1, nn.Linear(2, 2))
     with pytest.raises(OSError):
         writer.wait()
 
 
-@pytest.mark.parametrize("given, message", [({"every_n_steps": 0}, "at least 1"), ({"last": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"every_n_steps": 0}, "at least 1"),
+        ({"last": 0}, "at least 1"),
+        ({"every_n_steps": 1, "every_n_epochs": 1}, "exclude each other"),
+        ({"storage": "int2"}, "expected disk, int8 or int4"),
+        ({"storage": "int4", "folder": "here"}, "a folder has no meaning"),
+    ],
+)
 def test_nonsense_is_refused(given, message):
     with pytest.raises(twa.UserError, match=message):
         twa.SnapshotCallback(**given)
+
+
+@pytest.mark.parametrize("storage, error", [("int8", 0.01), ("int4", 0.15)])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2_moe"])
+def test_snapshots_in_memory_are_those_on_disk_but_for_rounding(tmp_path, storage, error, kind):
+    disk, held = twa.SnapshotCallback(every_n_steps=3), twa.SnapshotCallback(every_n_steps=3, storage=storage)
+    make_trainer(tmp_path, model=factory.make_model(kind), callbacks=[disk, held], max_steps=12).train()
+    on_disk, in_memory = disk.soup(), held.soup()
+    assert held.store.steps == [3, 6, 9, 12] and held.snapshots == []
+    size = sum(p.numel() for p in factory.make_model(kind).parameters())
+    assert held.store.held.nbytes < (4 + 3 * (1.5 if storage == "int8" else 1.0)) * size
+    name, k = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight", 3
+    first, last, rounded = on_disk.read(0, name), on_disk.read(k, name), in_memory.read(k, name)
+    assert torch.equal(first, in_memory.read(0, name))
+    assert 0 < (rounded - last).norm() / (last - first).norm() < error
+    # a merge of them is learned, written and read as of any other
+    model = twa.merged_model(in_memory, storage="disk")
+    table = twa.ema(0.5, in_memory.labels)
+    twa.write(in_memory, table, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with model.materialized(table) as module:
+        for (name, p), q in zip(loaded.named_parameters(), module.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_snapshots_in_memory_survive_a_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+
+    def callback():
+        return twa.SnapshotCallback(every_n_steps=2, last=4, storage="int8")
+
+    whole = callback()
+    make_trainer(tmp_path / "whole", callbacks=[whole], **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "cut", callbacks=[callback(), Watch(upto=7)], **settings).train()
+    cut = callback()
+    make_trainer(tmp_path / "cut", callbacks=[cut], **settings).train(resume_from_checkpoint=True)
+    assert cut.store.steps == whole.store.steps == [6, 8, 10, 12]
+    for a, b in zip(whole.soup().tensors, cut.soup().tensors, strict=True):
+        for k in range(4):
+            assert torch.equal(a.entries[k].values(0, a.entries[k].numel), b.entries[k].values(0, b.entries[k].numel))

@@ -89,6 +89,14 @@ def test_any_module_and_loss(tmp_path, task):
         assert float(loss) == pytest.approx(learned.select.loss.value, rel=1e-3)
 
 
+def test_snapshots_in_memory_are_finished_too(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(3, storage="int8")])
+    trainer.train()
+    result = twa.finish(trainer, steps=5, output=tmp_path / "merged")
+    assert result.weights.num_checkpoints == 4
+    same_weights(trainer.model, tmp_path / "merged")
+
+
 def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(twa.UserError, match=r"add callbacks=\[twa.SnapshotCallback"):

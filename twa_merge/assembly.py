@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from twa_merge import buffers, sharding
@@ -31,7 +32,7 @@ from twa_merge.sharding import SHARDS
 from twa_merge.sources import SIDE_SUFFIXES
 from twa_merge.storage import choose_storage
 from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
-from twa_merge.tensorfile import Window
+from twa_merge.tensorfile import Window, read_tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -159,15 +160,20 @@ def check_shard(shard: str) -> None:
 def _standard_names(soup: Soup) -> Iterator[Path]:
     """Yield a folder that `from_pretrained` reads the first checkpoint from, whatever its weights' file is called."""
     folder, files = config_folder(soup), soup.sources[0].files
-    standard = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
-    if len(files) != 1 or files[0].name == standard:
+    pickled = bool(files) and files[0].suffix != ".safetensors"
+    standard = "pytorch_model.bin" if pickled else "model.safetensors"
+    if len(files) > 1 or (files and files[0].name == standard):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="twa_merge-") as links:
         for side in folder.iterdir():
             if side.is_file() and side.suffix in SIDE_SUFFIXES and "index" not in side.name:
                 Path(links, side.name).symlink_to(side.resolve())
-        Path(links, standard).symlink_to(files[0].resolve())
+        if files:
+            Path(links, standard).symlink_to(files[0].resolve())
+        else:  # held in memory
+            state = {tensor.name: read_tensor(tensor.entries[0]) for tensor in soup.tensors}
+            save_file(state, Path(links, standard), {"format": "pt"})
         yield Path(links)
 
 

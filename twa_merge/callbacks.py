@@ -9,23 +9,25 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from twa_merge.adapters import is_adapted
+from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
-from twa_merge.snapshots import SnapshotWriter, find_snapshots, remove_snapshot
+from twa_merge.snapshots import DiskStore, MemoryStore, SnapshotTaker, Store
 
 FOLDER = "_snapshots"
 """Inside `output_dir`; Trainer's `push_to_hub` leaves out what starts with `_`."""
 
 
 class SnapshotCallback(TrainerCallback):
-    """Keeps the model's weights every so many steps or epochs, as checkpoint folders `snapshot-STEP`.
+    """Keeps the model's weights every so many steps or epochs, as checkpoint folders `snapshot-STEP` or in memory.
 
-    Training waits for a copy in memory only; files are written in the background. Where Trainer saves a checkpoint of
+    Training waits for a copy in memory only; the rest is done in the background. Where Trainer saves a checkpoint of
     its own at the same step, its files are linked instead; they stay when Trainer removes that checkpoint. A run that
     is resumed goes on with the snapshots before the checkpoint that it resumes from.
 
-        trainer = Trainer(model, args, callbacks=[SnapshotCallback(every_n_steps=100)], ...)
+        callback = SnapshotCallback(every_n_steps=100)
+        trainer = Trainer(model, args, callbacks=[callback], ...)
         trainer.train()
-        soup = twa.Soup(["out/_snapshots/snapshot-*"])
+        soup = callback.soup()  # or twa.Soup(["out/_snapshots/snapshot-*"])
 
     Of a model with PEFT adapters, the full model is kept, with the adapters merged in. Of several processes the main
     one writes.
@@ -34,6 +36,8 @@ class SnapshotCallback(TrainerCallback):
         every_n_steps: optimisation steps between snapshots.
         every_n_epochs: epochs between them; one, if nothing is given.
         last: keep only so many, the newest.
+        storage: `disk`; or `int8` or `int4`, in memory: the first snapshot as it is, the others as differences from it
+            in few bits (1.06 or 0.56 bytes an element), so that merges of them are those of the rounded snapshots.
         folder: default `_snapshots` in Trainer's `output_dir`.
         overwrite: remove the snapshots of an earlier run that are there when training starts anew.
 
@@ -47,6 +51,7 @@ class SnapshotCallback(TrainerCallback):
         *,
         every_n_epochs: int | None = None,
         last: int | None = None,
+        storage: str = "disk",
         folder: str | Path | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -57,16 +62,33 @@ class SnapshotCallback(TrainerCallback):
                 raise UserError(f"snapshots: {name}: expected at least 1, got {value}")
         self.every_n_steps, self.last, self.overwrite = every_n_steps, last, overwrite
         self.every_n_epochs = 1 if every_n_steps is None and every_n_epochs is None else every_n_epochs
+        if storage != "disk" and folder is not None:
+            raise UserError(f"snapshots: a folder has no meaning with storage {storage}")
         self.folder = None if folder is None else Path(folder)
-        self._writer: SnapshotWriter | None = None
+        self.store: Store | None = None if storage == "disk" else MemoryStore(storage)
+        self._taker: SnapshotTaker | None = None
         self._awaited: int | None = None
 
     @property
     def snapshots(self) -> list[Path]:
-        """The folders of all snapshots so far, in the order of the run."""
-        if self._writer is not None:
-            self._writer.wait()
-        return [] if self.folder is None else list(find_snapshots(self.folder).values())
+        """The folders of all snapshots so far, in the order of the run; none of those in memory."""
+        self._wait()
+        return list(self.store.paths.values()) if isinstance(self.store, DiskStore) else []
+
+    def soup(self) -> Soup:
+        """Return all snapshots so far.
+
+        Raises:
+            UserError: there are none.
+        """
+        self._wait()
+        if self.store is None or not self.store.steps:
+            raise UserError("snapshots: there are none yet")
+        return Soup(self.store.sources())
+
+    def _wait(self) -> None:
+        if self._taker is not None:
+            self._taker.wait()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,21 +98,26 @@ class SnapshotCallback(TrainerCallback):
                 "snapshots: with FSDP or DeepSpeed no process has the whole model; merge Trainer's own checkpoints "
                 "instead (save_steps, then checkpoint-*)"
             )
-        if self.folder is None:
-            assert args.output_dir is not None
-            self.folder = Path(args.output_dir) / FOLDER
+        assert args.output_dir is not None
+        if self.store is None:
+            self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
         if not state.is_world_process_zero:
             return
+        if state.global_step > 0 and not self.store.steps:
+            self.store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if isinstance(self.store, MemoryStore):
+                self.store.describe(kwargs["model"], kwargs.get("processing_class"))
         # a run that is resumed takes the later ones again
-        stale = {step: path for step, path in find_snapshots(self.folder).items() if step > state.global_step}
+        stale = [step for step in self.store.steps if step > state.global_step]
         if stale and state.global_step == 0 and not self.overwrite:
+            where = self.store.folder if isinstance(self.store, DiskStore) else "this callback"
             raise UserError(
-                f"snapshots: {self.folder} holds {len(stale)} of an earlier run; move them, give another folder, or "
+                f"snapshots: {where} holds {len(stale)} of an earlier run; move them, give another folder, or "
                 "set overwrite=True"
             )
-        for path in stale.values():
-            remove_snapshot(path)
-        self._writer = SnapshotWriter(self.folder)
+        for step in stale:
+            self.store.remove(step)
+        self._taker = SnapshotTaker(self.store)
         self._awaited = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -104,21 +131,22 @@ class SnapshotCallback(TrainerCallback):
             self._take(state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._writer is None:
+        if self._taker is None:
             return
-        self._writer.wait()  # a run that resumes from this checkpoint finds all before it
+        assert args.output_dir is not None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._taker.wait()  # a run that resumes from this checkpoint finds all before it
         if self._awaited == state.global_step:
             self._awaited = None
-            assert args.output_dir is not None
-            self._writer.link(state.global_step, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self._keep_last()
+            self._taker.link(state.global_step, checkpoint)
+        self._keep_last()
+        self._taker.store.save(checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._writer is not None:
-            self._writer.wait()
-            self._keep_last()
+        self._wait()
+        self._keep_last()
 
     def _take(
         self,
@@ -131,16 +159,17 @@ class SnapshotCallback(TrainerCallback):
     ) -> None:
         from accelerate.utils import extract_model_from_parallel
 
-        if self._writer is None:
+        if self._taker is None:
             return
         module = extract_model_from_parallel(model, keep_torch_compile=False)
-        if control.should_save and not is_adapted(module):
+        if control.should_save and self._taker.store.links and not is_adapted(module):
             self._awaited = state.global_step  # Trainer saves next; of an adapted model the adapter alone
         else:
-            self._writer.take(state.global_step, module, processing_class)
-        self._keep_last()
+            self._keep_last()
+            self._taker.take(state.global_step, module, processing_class)
 
     def _keep_last(self) -> None:
-        if self.last is not None and self.folder is not None:
-            for path in list(find_snapshots(self.folder).values())[: -self.last]:
-                remove_snapshot(path)
+        if self.last is not None and self._taker is not None:
+            self._taker.wait()
+            for step in self._taker.store.steps[: -self.last]:
+                self._taker.store.remove(step)

@@ -78,7 +78,7 @@ def finish(
         raise UserError(
             "finish: the trainer's model has adapters, its snapshots are full models; merge them with twa.train"
         )
-    soup = Soup(_snapshots_of(trainer) if snapshots is None else snapshots)
+    soup = _soup_of(trainer) if snapshots is None else Soup(list(snapshots))
     held_out, collate = _features(trainer, trainer.eval_dataset)
     splits = {"held_out": held_out, "test": test_dataset}
     if learn_on == "train":
@@ -159,15 +159,14 @@ def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss.float().reshape(1), torch.full((1,), float(batch_size_of(batch)), device=loss.device)
 
 
-def _snapshots_of(trainer: Trainer) -> Sequence[str | Path]:
-    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, SnapshotCallback)]
-    snapshots = [path for callback in found for path in callback.snapshots]
-    if not snapshots:
-        raise UserError(
-            "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
-            "checkpoints ('runs/checkpoint-*')"
-        )
-    return snapshots
+def _soup_of(trainer: Trainer) -> Soup:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SnapshotCallback) and callback.store is not None and callback.store.steps:
+            return callback.soup()
+    raise UserError(
+        "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
+        "checkpoints ('runs/checkpoint-*')"
+    )
 
 
 def _features(trainer: Any, dataset: Any, *, training: bool = False) -> tuple[Any, Callable[[list[Any]], Batch]]:

@@ -48,6 +48,9 @@ class MappedFiles:
         if len(pieces) != 1:
             return torch.cat([self.view(*piece) for piece in pieces])
         [(entry, position, count)] = pieces
+        held = entry.values(position, count)
+        if held is not None:
+            return held
         size = entry.dtype.itemsize
         first = entry.start + position * size
         raw = self._map(entry.file)[2][first : first + count * size]
@@ -57,6 +60,8 @@ class MappedFiles:
         """Ask the system to read elements `position ..` in the background, where it can be asked."""
         pieces = entry.pieces(position, count) if hasattr(mmap, "MADV_WILLNEED") else ()
         for entry, position, count in pieces:
+            if entry.values(0, 0) is not None:
+                continue
             file, mapped, _ = self._map(entry.file)
             first = entry.start + position * entry.dtype.itemsize
             last = first + count * entry.dtype.itemsize

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from twa_merge.errors import UserError, first_line, raise_disk_failure
+from twa_merge.tensorfile import Entry
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer")
@@ -31,9 +32,13 @@ class Source:
     """Its safetensors files (or pickles, where the user asked for them)."""
     revision: str | None = None
     """Commit hash, for a checkpoint from the Hub."""
+    header: Mapping[str, Entry] | None = None
+    """The tensors themselves, of a checkpoint that is held in memory."""
+    owner: object = None
+    """What must live as long as this."""
 
 
-def find_sources(checkpoints: Sequence[str | Path], *, allow_pickle: bool = False) -> list[Source]:
+def find_sources(checkpoints: Sequence[str | Path | Source], *, allow_pickle: bool = False) -> list[Source]:
     """Resolve checkpoint arguments in order; globs expand in natural order (`checkpoint-200` before `-1000`).
 
     An existing path is never taken for a Hub id.
@@ -41,11 +46,13 @@ def find_sources(checkpoints: Sequence[str | Path], *, allow_pickle: bool = Fals
     Raises:
         UserError: something is not there, or holds no weights.
     """
-    return [
-        source
-        for argument in checkpoints
-        for source in _expand(str(argument).rstrip("/") or "/", allow_pickle=allow_pickle)
-    ]
+    found: list[Source] = []
+    for argument in checkpoints:
+        if isinstance(argument, Source):
+            found.append(argument)
+        else:
+            found += _expand(str(argument).rstrip("/") or "/", allow_pickle=allow_pickle)
+    return found
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

@@ -55,6 +55,10 @@ class Entry:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def values(self, position: int, count: int) -> Tensor | None:
+        """Return elements that are in memory; None for those of a file."""
+        return None
+
     def pieces(self, position: int, count: int) -> Iterator[tuple[Entry, int, int]]:
         """Yield (tensor of a file, position in it, elements) of the elements `position .. position + count`."""
         yield self, position, count
@@ -209,7 +213,11 @@ class RangeReader:
         done = 0
         for start, length in (window or Window.whole(entry.numel)).pieces(first, count):
             for part, position, size in entry.pieces(start, length):
-                read_range(self._file(part.file), part, position, out[done : done + size])
+                held = part.values(position, size)
+                if held is None:
+                    read_range(self._file(part.file), part, position, out[done : done + size])
+                else:
+                    out[done : done + size] = held
                 done += size
         return out
 
