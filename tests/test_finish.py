@@ -1,5 +1,10 @@
 """From a Trainer's run to its merge: the snapshots' combination is in the trainer's model, whatever the model is."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +13,7 @@ from transformers import default_data_collator
 
 import twa_merge as twa
 from tests import factory
+from tests.test_training import free_port
 from tests.trainers import make_trainer, tokens
 from twa_merge.recipe import Recipe
 
@@ -109,3 +115,36 @@ def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
     trainer.eval_dataset = None
     with pytest.raises(twa.UserError, match="one eval_dataset, got none"):
         twa.finish(trainer)
+
+
+DRIVER = """
+import sys
+import torch
+torch.set_num_threads(1)
+import twa_merge as twa
+from tests.trainers import make_trainer
+trainer = make_trainer(sys.argv[1], callbacks=[twa.SnapshotCallback(3)], per_device_train_batch_size=2)
+trainer.train()
+# of one run, whose dropout was another
+snapshots = [sys.argv[2] + "/_snapshots/snapshot-*"]
+result = twa.finish(trainer, snapshots, steps=5, granularity="layer", output=sys.argv[1] + "/merged")
+if trainer.is_world_process_zero():
+    torch.save((result.league[-1].weights.table, trainer.model.state_dict()), sys.argv[1] + "/found.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_finish_as_one_does(tmp_path):
+    alone = trained(tmp_path / "one")
+    result = twa.finish(alone, steps=5, granularity="layer")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command += [str(tmp_path / "driver.py"), str(tmp_path / "two"), str(tmp_path / "one")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "two/_snapshots").iterdir())) == 4  # one process has written
+    table, state = torch.load(tmp_path / "two/found.pt")
+    torch.testing.assert_close(table, result.league[-1].weights.table, rtol=1e-3, atol=1e-4)
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from twa_merge.adapters import is_adapted, merged_adapters
 from twa_merge.errors import UserError
 from twa_merge.held import HeldCheckpoints
-from twa_merge.sources import SIDE_SUFFIXES, Source, natural_key
+from twa_merge.sources import SIDE_SUFFIXES, Source, find_sources, natural_key
 
 _NAME = re.compile(r"snapshot-(\d+)")
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
@@ -104,8 +104,6 @@ class DiskStore:
         shutil.rmtree(hidden)
 
     def sources(self) -> list[Source]:
-        from twa_merge.sources import find_sources
-
         return find_sources(list(self.paths.values()))
 
     def save(self, checkpoint: Path) -> None:
