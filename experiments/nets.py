@@ -5,29 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from soups.resnet20 import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CLASSES = 10
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2015)."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != channels_in:
-            conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
 
 
 def resnet(width: int) -> nn.Sequential:

@@ -20,8 +20,8 @@ from tests.hub_server import hub
 from tests.trainers import tokens
 from twa_merge.batches import batch_indices
 from twa_merge.learn_config import LearnConfig
-from twa_merge.task_base import require_rows, without_labels
-from twa_merge.task_classification import count_samples
+from twa_merge.task_base import require_rows
+from twa_merge.task_classification import classification_task
 from twa_merge.task_labels import LabelSpace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,15 +97,7 @@ def test_the_built_in_loop_gives_the_same_coefficients_from_the_same_order(soup,
     trainer.train()
 
     labels = LabelSpace.of(trainer.model.config)
-    task = twa.Task(
-        name="same",
-        prepare=require_rows,
-        collate=default_data_collator,
-        count=count_samples,
-        sample_losses=labels.sample_losses,
-        predictions=labels.predictions,
-        forward=without_labels,
-    )
+    task = classification_task("same", labels, require_rows, default_data_collator, ())
     result = twa.train(soup, rows(20, seed=1), train_data=data, task=task, **vars(replace(config, storage="float32")))
     learned = result.learned[0].tables_EGN[-1]
     assert (learned - 1 / 3).abs().max() > 0.01

@@ -19,7 +19,7 @@ from twa_merge.job import Job, Result
 from twa_merge.metrics import get_metric
 from twa_merge.recipe import Recipe
 from twa_merge.task_base import Batch, Task, require_rows, without_labels
-from twa_merge.task_classification import count_samples
+from twa_merge.task_classification import classification_task
 from twa_merge.task_custom import batch_size_of
 from twa_merge.task_generation import IGNORED, logits_of_tokens, token_losses
 from twa_merge.task_labels import SINGLE, LabelSpace
@@ -107,15 +107,7 @@ def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
     if kind in ("text-classification", "image-classification"):
         labels = LabelSpace.of(config)
         accuracy = (get_metric("accuracy"),) if labels.problem == SINGLE else ()
-        return Task(
-            name=kind,
-            count=count_samples,
-            sample_losses=labels.sample_losses,
-            predictions=labels.predictions,
-            metrics=accuracy,
-            forward=without_labels,
-            **common,
-        )
+        return classification_task(kind, labels, require_rows, trainer.data_collator, accuracy)
     if kind is not None:
         shift = 1 if kind == "causal-lm" else 0
         return Task(

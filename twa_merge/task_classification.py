@@ -64,7 +64,7 @@ def text_classification(
         inputs = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
         return {**pad(tokenizer, inputs), "labels": labels.tensor([sample["labels"] for sample in samples])}
 
-    return _classification(what, labels, prepare, collate, metrics)
+    return classification_task(what, labels, prepare, collate, metrics)
 
 
 def image_classification(
@@ -86,7 +86,7 @@ def image_classification(
             "labels": labels.tensor([sample["labels"] for sample in samples]),
         }
 
-    return _classification(what, labels, prepare, collate, metrics)
+    return classification_task(what, labels, prepare, collate, metrics)
 
 
 class ImageFeatures:
@@ -148,7 +148,8 @@ def count_samples(batch: Batch) -> Tensor:
     return torch.tensor(float(len(batch["labels"])))
 
 
-def _classification(what: str, labels: LabelSpace, prepare: Any, collate: Any, metrics: tuple[Metric, ...]) -> Task:
+def classification_task(what: str, labels: LabelSpace, prepare: Any, collate: Any, metrics: tuple[Metric, ...]) -> Task:
+    """Return the task of a model whose logits and `labels` are of this space."""
     return Task(
         name=what,
         prepare=prepare,
