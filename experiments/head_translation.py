@@ -3,18 +3,19 @@
     python experiments/head_translation.py --data DATA --output runs/head-translation
 
 A small encoder-decoder Transformer (Marian's architecture) is trained from nothing on Multi30k, English to German, by
-Adam with a learning rate that is divided by ten at half and at three quarters of the run. Snapshots of the first half,
-two an epoch, are merged on the training data (TWA-t), on the validation data (TWA-v), or fixed. BLEU is that of greedy
-decoding on the test set of 2016, scored at the end; it chooses nothing.
+Adam with a learning rate that is divided by ten at half and at three quarters of the run. Snapshots of a first part of
+the run, one an epoch, are merged on the training data (TWA-t, one row for the whole model), on the validation data
+(TWA-v), or fixed. BLEU is that of greedy decoding on the test set of 2016, scored at the end; it chooses nothing.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import arguments, for_each_seed, mean_sd, paired
 from torch import nn
@@ -31,6 +32,7 @@ from transformers import (
 import twa_merge as twa
 from twa_merge.assembly import load_merge
 from twa_merge.recipe import Recipe
+from twa_merge.snapshots import DiskStore
 
 PAIRS = {"train": "train", "held out": "val", "test": "test_2016_flickr"}
 
@@ -123,15 +125,17 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     """Train once; merge the snapshots of the first half, and of the first quarter."""
     tokenizer = make_tokenizer(read(args.data, "train", "en") + read(args.data, "train", "de"), args.vocabulary)
     parts = {part: features(args.data, name, tokenizer) for part, name in PAIRS.items()}
+    chosen = np.random.default_rng(seed).permutation(len(parts["train"]))[: args.pairs]
+    parts["train"] = [parts["train"][i] for i in chosen]
     set_seed(seed)
     model = make_model(args, tokenizer)
     collate = DataCollatorForSeq2Seq(tokenizer, model)
     steps_of_epoch = -(-len(parts["train"]) // args.batch_size)
     steps = steps_of_epoch * args.epochs
-    every = steps_of_epoch // 2
+    every = steps_of_epoch
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-4)
 
-    def share(step: int) -> float:
+    def schedule(step: int) -> float:
         drop = 0.1 ** ((step >= steps // 2) + (step >= 3 * steps // 4))
         return drop * min(1.0, (step + 1) / 400)
 
@@ -150,6 +154,7 @@ def run(args: Any, seed: int) -> dict[str, Any]:
         train_sampling_strategy="group_by_length",
     )
     callback = twa.SnapshotCallback(every, folder=folder / "snapshots", overwrite=True)
+    done = folder / "training.json"
     trainer = Trainer(
         model,
         settings,
@@ -157,11 +162,13 @@ def run(args: Any, seed: int) -> dict[str, Any]:
         eval_dataset=parts["held out"],
         data_collator=collate,
         processing_class=tokenizer,
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
         callbacks=[callback],
     )
-    start = time.perf_counter()
-    trainer.train()
+    if not done.is_file():
+        start = time.perf_counter()
+        trainer.train()
+        done.write_text(json.dumps({"training seconds": time.perf_counter() - start}))
 
     def scores() -> dict[str, float]:
         found = {
@@ -170,16 +177,16 @@ def run(args: Any, seed: int) -> dict[str, Any]:
         }
         return found | {"validation loss": loss_of(model, parts["held out"], collate)}
 
-    found: dict[str, Any] = {"training seconds": time.perf_counter() - start}
+    found: dict[str, Any] = json.loads(done.read_text())
+    snapshots = list(DiskStore(callback.folder).paths.values())
+    load_merge(model, twa.Soup(snapshots[-1:]), twa.one_hot(0, ["full"]))
     found["full"] = scores()
-    snapshots = callback.snapshots
-    half = len(snapshots) // 2
     common = {"recipe": Recipe(margin=-1e9, eval_batch_size=100), "batch_size": args.batch_size, "lr": args.twa_lr}
-    learning = {"steps": round(args.share * steps / 2), "evaluations": 8}
-    for name, chosen in (("half", snapshots[:half]), ("quarter", snapshots[: half // 2])):
-        for kind, options in (("TWA-t", {"learn_on": "train"}), ("TWA-v", {})):
-            if name == "quarter" and kind == "TWA-v":
-                continue
+    kinds: dict[str, dict[str, Any]] = {"TWA-t": {"learn_on": "train", "granularity": "model"}, "TWA-v": {}}
+    for share in args.heads:
+        name, chosen = f"{share:.0%}", snapshots[: round(share * len(snapshots))]
+        learning = {"steps": round(args.share * share * steps), "evaluations": 8}
+        for kind, options in kinds.items():
             start = time.perf_counter()
             twa.finish(trainer, chosen, **common, **learning, **options)
             found[f"{name}: {kind}"] = scores() | {"seconds": time.perf_counter() - start}
@@ -189,7 +196,6 @@ def run(args: Any, seed: int) -> dict[str, Any]:
         for kind, weights in fixed.items():
             load_merge(model, soup, weights)
             found[f"{name}: {kind}"] = scores()
-    shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
@@ -212,11 +218,14 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run all seeds and print the table."""
     parser = arguments(__doc__)
-    parser.add_argument("--epochs", type=int, default=14, help="of the full run")
+    parser.add_argument("--epochs", type=int, default=30, help="of the full run")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=1e-3)
+    heads = {"nargs": "+", "default": [0.5, 0.6], "help": "shares of the run whose snapshots are merged"}
+    parser.add_argument("--heads", type=float, **heads)
+    parser.add_argument("--pairs", type=int, default=10_000, help="of the 29,000 that train")
     parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     args = parser.parse_args()
