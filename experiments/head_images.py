@@ -6,7 +6,8 @@ A net with BatchNorm is trained on CIFAR-10 (JPEG) by SGD with a learning rate t
 quarters of the run. Its snapshots of a first part of the run are merged: on the training data (TWA-t, one row for the
 whole model), on most of the held-out pictures (TWA-v, a row for each tensor), or fixed (SWA from several starts). With
 60 % of the run, and 10 % of that for learning, a third is saved; a sixth of those snapshots are from after the first
-drop, as in the paper's table 3. Test pictures are scored at the end and choose nothing. Settings were chosen on seed 100.
+drop, as in the paper's table 3. Test pictures are scored at the end and choose nothing; settings were chosen on seed
+100.
 """
 
 from __future__ import annotations
