@@ -194,3 +194,20 @@ def test_snapshots_in_memory_survive_a_resume(tmp_path):
     for a, b in zip(whole.soup().tensors, cut.soup().tensors, strict=True):
         for k in range(4):
             assert torch.equal(a.entries[k].values(0, a.entries[k].numel), b.entries[k].values(0, b.entries[k].numel))
+
+
+def test_one_callback_serves_one_run_after_another(tmp_path):
+    disk, held = twa.SnapshotCallback(6), twa.SnapshotCallback(6, storage="int8", overwrite=True)
+    for name in ("a", "b"):
+        make_trainer(tmp_path / name, callbacks=[disk, held]).train()
+        assert disk.snapshots[0].parent == tmp_path / name / "_snapshots"
+        assert held.store.steps == [6, 12]
+        assert torch.equal(held.soup().read(0, "transformer.wte.weight"), disk.soup().read(0, "transformer.wte.weight"))
+
+
+def test_a_checkpoint_that_trainer_does_not_save_after_all(tmp_path):
+    callback, watch = twa.SnapshotCallback(every_n_steps=4), Watch()
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best", "metric_for_best_model": "loss"}
+    make_trainer(tmp_path, callbacks=[callback, watch], learning_rate=1.0, **settings).train()
+    assert steps(callback) == [4, 8, 12]
+    check(callback, watch)

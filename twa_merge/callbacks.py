@@ -66,6 +66,7 @@ class SnapshotCallback(TrainerCallback):
             raise UserError(f"snapshots: a folder has no meaning with storage {storage}")
         self.folder = None if folder is None else Path(folder)
         self.store: Store | None = None if storage == "disk" else MemoryStore(storage)
+        self._on_disk = storage == "disk"
         self._taker: SnapshotTaker | None = None
         self._awaited: int | None = None
 
@@ -99,7 +100,7 @@ class SnapshotCallback(TrainerCallback):
                 "instead (save_steps, then checkpoint-*)"
             )
         assert args.output_dir is not None
-        if self.store is None:
+        if self._on_disk or self.store is None:  # of each run in its own folder
             self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
         if not state.is_world_process_zero:
             return
@@ -122,13 +123,13 @@ class SnapshotCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
-            self._take(state, control, **kwargs)
+            self._take(args, state, control, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_n_epochs is not None and round(state.epoch or 0) % self.every_n_epochs == 0:
-            self._take(state, control, **kwargs)
+            self._take(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._taker is None:
@@ -150,6 +151,7 @@ class SnapshotCallback(TrainerCallback):
 
     def _take(
         self,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         *,
@@ -162,8 +164,9 @@ class SnapshotCallback(TrainerCallback):
         if self._taker is None:
             return
         module = extract_model_from_parallel(model, keep_torch_compile=False)
-        if control.should_save and self._taker.store.links and not is_adapted(module):
-            self._awaited = state.global_step  # Trainer saves next; of an adapted model the adapter alone
+        saves = control.should_save and args.save_strategy != "best"  # which may find that it is not the best
+        if saves and self._taker.store.links and not is_adapted(module):  # of an adapted model, the adapter alone
+            self._awaited = state.global_step
         else:
             self._keep_last()
             self._taker.take(state.global_step, module, processing_class)

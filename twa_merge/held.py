@@ -84,8 +84,10 @@ class HeldCheckpoints:
         self._held[step] = {name: self._packed(name, tensor.detach().flatten()) for name, tensor in state.items()}
 
     def remove(self, step: int) -> None:
-        """Drop a checkpoint; what the others differ from stays."""
+        """Drop a checkpoint; what the others differ from stays as long as there are any."""
         del self._held[step]
+        if not self._held:
+            self._base = {}
 
     def header(self, step: int) -> dict[str, Entry]:
         """Return a checkpoint's tensors, as `read_header` does those of a file."""

@@ -92,6 +92,11 @@ class TWATrainer(Trainer):
         if options.get("model_init") is not None:
             raise UserError("TWATrainer: model_init has no meaning; the weights come from the checkpoints")
         args = TWAConfig("trainer_output") if args is None else args
+        if args.n_gpu > 1:
+            raise UserError(
+                f"TWATrainer: one process would take {args.n_gpu} GPUs, by nn.DataParallel, which cannot copy a merge; "
+                "start it with torchrun --nproc-per-node, or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
         if not isinstance(args, TWAConfig) and args.learning_rate == TrainingArguments.learning_rate:
             warnings.warn(
                 f"learning_rate {args.learning_rate:g} is Trainer's default for weights; coefficients need about 0.03: "
