@@ -117,6 +117,14 @@ def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
         twa.finish(trainer)
 
 
+def test_without_held_out_data_training_data_decide_and_it_is_said(tmp_path, capsys):
+    trainer = trained(tmp_path)
+    trainer.eval_dataset = None
+    result = twa.finish(trainer, learn_on="train", steps=2)
+    assert len(result.folds[0][1]) == 2
+    assert "2 training samples, which the snapshots have seen, decide" in capsys.readouterr().err
+
+
 DRIVER = """
 import sys
 import torch

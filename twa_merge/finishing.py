@@ -16,8 +16,10 @@ from twa_merge.callbacks import SnapshotCallback
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.job import Job, Result
+from twa_merge.memory import say
 from twa_merge.metrics import get_metric
 from twa_merge.recipe import Recipe
+from twa_merge.splits import split_indices
 from twa_merge.task_base import Batch, Task, require_rows, without_labels
 from twa_merge.task_classification import classification_task
 from twa_merge.task_custom import batch_size_of
@@ -54,10 +56,11 @@ def finish(
         print(twa.finish(trainer))
 
     Args:
-        trainer: with an `eval_dataset`.
+        trainer: with an `eval_dataset`, or a `train_dataset` to learn on.
         snapshots: checkpoint folders or patterns, in the order of the run; default those of its `SnapshotCallback`.
         learn_on: `validation` divides `eval_dataset` into what is learned on and what decides (TWA-v); `train` learns
-            on `train_dataset`, and all of `eval_dataset` decides (TWA-t).
+            on `train_dataset`, and all of `eval_dataset` decides (TWA-t), or a tenth of the training data if there is
+            none.
         test_dataset: scored once, at the end.
         task: losses and metrics; default those of classification or language models where the model is one, else the
             trainer's own loss, scored sample by sample.
@@ -79,10 +82,18 @@ def finish(
             "finish: the trainer's model has adapters, its snapshots are full models; merge them with twa.train"
         )
     soup = _soup_of(trainer) if snapshots is None else Soup(list(snapshots))
-    held_out, collate = _features(trainer, trainer.eval_dataset)
-    splits = {"held_out": held_out, "test": test_dataset}
+    splits = {"test": test_dataset}
     if learn_on == "train":
         splits["train"], collate = _features(trainer, trainer.train_dataset, training=True)
+    if learn_on == "train" and trainer.eval_dataset is None:
+        splits["train"], splits["held_out"] = _divided(splits["train"], trainer.args.seed)
+        say(
+            f"warning: no eval_dataset: {len(splits['held_out'])} training samples, which the snapshots have seen, "
+            "decide in its place; their scores are optimistic",
+            main_process=trainer.is_world_process_zero(),
+        )
+    else:
+        splits["held_out"], collate = _features(trainer, trainer.eval_dataset)
     task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
     recipe = replace(recipe or Recipe(checkpoints=list(soup.labels)), ordered=True)
     options: dict[str, Any] = {"mixed_precision": _mixed_precision(trainer), "seed": trainer.args.seed} | learn_options
@@ -169,6 +180,14 @@ def _features(trainer: Any, dataset: Any, *, training: bool = False) -> tuple[An
         raise UserError(f"finish: expected the trainer to have one {role}, got {got}")
     loader = trainer.get_train_dataloader() if training else trainer.get_eval_dataloader(dataset)
     return require_rows(loader.dataset), loader.collate_fn
+
+
+def _divided(dataset: Any, seed: int) -> tuple[Any, Any]:
+    """Return nine tenths of a data set, and a tenth."""
+    from torch.utils.data import Subset
+
+    [(fit, select)] = split_indices(len(dataset), select_fraction=0.1, min_select=1, seed=seed)
+    return Subset(dataset, fit), Subset(dataset, select)
 
 
 def _mixed_precision(trainer: Trainer) -> str:
