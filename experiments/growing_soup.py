@@ -109,20 +109,32 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw test loss over the size of the soup."""
+    """Draw test loss over the size of the soup, and its paired difference from the greedy soup's."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name in ("best single", "uniform", "greedy", *GRANULARITIES):
-        values = np.array([[seed[f"{name}, N = {size}"]["loss"] for size in SIZES] for seed in found])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+
+    def losses(name: str) -> Any:
+        return np.array([[seed[f"{name}, N = {size}"]["loss"] for size in SIZES] for seed in found])
+
+    places = np.arange(len(SIZES))
+    for k, name in enumerate(("best single", "uniform", "greedy", *GRANULARITIES)):
         style = "-o" if "TWA" in name else "--s"
-        axes.errorbar(SIZES, values.mean(axis=0), values.std(axis=0), fmt=style, label=name, capsize=2, lw=1, ms=4)
-    axes.set(xlabel="checkpoints", ylabel="test loss", title=title, xscale="log")
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.legend(fontsize=8)
+        left.plot(places, losses(name).mean(axis=0), style, label=name, lw=1, ms=4, color=f"C{k}")
+        if "TWA" in name:
+            less = losses(name) - losses("greedy")
+            error = less.std(axis=0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else 0
+            right.errorbar(places + 0.06 * (k - 4), less.mean(axis=0), error, fmt="o", capsize=2, ms=4, color=f"C{k}")
+    right.axhline(0, color="0.5", lw=1, ls="--")
+    left.set(ylabel="test loss, mean over seeds")
+    right.set(ylabel="less greedy's, ± standard error (paired)")
+    for axes in (left, right):
+        axes.set_xticks(places, [str(size) for size in SIZES])
+        axes.set(xlabel="checkpoints", title=title)
+    left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
