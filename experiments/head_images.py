@@ -29,7 +29,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator, set_
 import twa_merge as twa
 from twa_merge.assembly import load_merge
 from twa_merge.recipe import Recipe
-from twa_merge.snapshots import DiskStore
+from twa_merge.snapshot_stores import DiskStore
 
 TRAIN, HELD_OUT = 5_000, 1_000
 

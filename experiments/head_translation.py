@@ -32,7 +32,7 @@ from transformers import (
 import twa_merge as twa
 from twa_merge.assembly import load_merge
 from twa_merge.recipe import Recipe
-from twa_merge.snapshots import DiskStore
+from twa_merge.snapshot_stores import DiskStore
 
 PAIRS = {"train": "train", "held out": "val", "test": "test_2016_flickr"}
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import twa_merge as twa
 from tests import factory
 from tests.trainers import make_trainer, tokens
-from twa_merge.snapshots import DiskStore, SnapshotTaker
+from twa_merge.snapshot_stores import DiskStore
+from twa_merge.snapshots import SnapshotTaker
 
 
 class Watch(TrainerCallback):

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from twa_merge.adapters import is_adapted
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
-from twa_merge.snapshots import DiskStore, MemoryStore, SnapshotTaker, Store
+from twa_merge.snapshot_stores import DiskStore, MemoryStore, Store
+from twa_merge.snapshots import SnapshotTaker
 
 FOLDER = "_snapshots"
 """Inside `output_dir`; Trainer's `push_to_hub` leaves out what starts with `_`."""
@@ -137,9 +138,9 @@ class SnapshotCallback(TrainerCallback):
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._taker.wait()  # a run that resumes from this checkpoint finds all before it
-        if self._awaited == state.global_step:
+        if self._awaited == state.global_step and isinstance(self.store, DiskStore):
             self._awaited = None
-            self._taker.link(state.global_step, checkpoint)
+            self.store.link(state.global_step, checkpoint)
         self._keep_last()
         self._taker.store.save(checkpoint)
 
@@ -165,7 +166,9 @@ class SnapshotCallback(TrainerCallback):
             return
         module = extract_model_from_parallel(model, keep_torch_compile=False)
         saves = control.should_save and args.save_strategy != "best"  # which may find that it is not the best
-        if saves and self._taker.store.links and not is_adapted(module):  # of an adapted model, the adapter alone
+        if (
+            saves and isinstance(self.store, DiskStore) and not is_adapted(module)
+        ):  # of an adapted model, the adapter alone
             self._awaited = state.global_step
         else:
             self._keep_last()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from twa_merge.learn_config import LearnConfig
 from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say, smaller_batch
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Batch, Task
+from twa_merge.training_state import read_state, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,22 +209,6 @@ class _Run:
         self.curve.append({"step": step, "lr": lr, "fit_loss": fit_loss, "select_loss": loss})
         self.tables.append(self.model.table_GN())
 
-    def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="pt") as opened:
-                about = json.loads(opened.metadata()["run"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a readable state ({error}); start without --resume") from error
-        if any(about.get(key) != value for key, value in self.identity.items()):
-            raise UserError(
-                f"{file}: belongs to a run with other settings, checkpoints or data; give the same ones, or start "
-                "without --resume"
-            )
-        return about, tensors
-
     def require_same_score(self, score: Callable[[], Evaluation], file: Path | None) -> None:
         """Raise if resumed coefficients score otherwise than when they were saved.
 
@@ -253,8 +237,6 @@ class _Run:
         """Write the state atomically, on the main process."""
         if file is None or not self.accelerator.is_main_process:
             return
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {
             "coefficients": self.model.twa_coefficients.detach(),
             "tables": torch.stack(self.tables),
@@ -263,9 +245,7 @@ class _Run:
             if value is not None:
                 tensors[f"optimizer.{name}"] = value
         about = {"step": self.step, "curve": self.curve, "storage": self.model.basis.storage, **self.identity}
-        temporary = file.with_suffix(".tmp")
-        save_file({n: t.cpu().contiguous().clone() for n, t in tensors.items()}, temporary, {"run": json.dumps(about)})
-        os.replace(temporary, file)
+        write_state(file, tensors, about)
 
     def resume(self, file: Path | None) -> None:
         """Go on from a saved state, if there is one; the main process reads it for all."""
@@ -274,7 +254,7 @@ class _Run:
         found: list[Any] = [None]
         if self.accelerator.is_main_process and file is not None and file.is_file():
             try:
-                found = [self._read(file)]
+                found = [read_state(file, self.identity)]
             except UserError as error:
                 found = [error]
         if self.accelerator.num_processes > 1 and file is not None:
