@@ -156,3 +156,22 @@ def test_two_processes_finish_as_one_does(tmp_path):
     torch.testing.assert_close(table, result.league[-1].weights.table, rtol=1e-3, atol=1e-4)
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_with_adapters_becomes_a_full_one(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], r=2, fan_in_fan_out=True)
+    adapted = peft.get_peft_model(factory.make_model("gpt2"), config)
+    trainer = trained(tmp_path, model=adapted)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    result = twa.finish(trainer, steps=20, lr=0.1, recipe=Recipe(margin=-1e9), output=tmp_path / "merged")
+    assert type(trainer.model) is type(factory.make_model("gpt2"))
+    same_weights(trainer.model, tmp_path / "merged")
+    learned = result.league[-1]
+    assert learned.learned and learned.select.loss.value < max(c.select.loss.value for c in result.league)
+    for name, value in adapted.state_dict().items():  # the caller's own stays as it was
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    trainer.save_model(tmp_path / "saved")
+    same_weights(trainer.model, tmp_path / "saved")
+    trainer.remove_callback(twa.SnapshotCallback)
+    trainer.train()

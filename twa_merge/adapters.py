@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a `PeftModel`; does not import PEFT."""
     return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
+def without_adapters(model: Any) -> nn.Module:
+    """Return a full model of its own, with the active adapters merged in; the given one stays as it is."""
+    merged: nn.Module = copy.deepcopy(model).merge_and_unload()
+    return merged
 
 
 @contextlib.contextmanager
@@ -30,6 +37,7 @@ def merged_adapters(model: Any) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]
     before = [(p, p.detach().clone()) for layer in tuned.values() for p in layer.get_base_layer().parameters()]
     model.merge_adapter()
     try:
+        _untie(base)
         state = base.state_dict(keep_vars=True)
         yield base, {new: state[name] for name in state if (new := _plain_name(name, tuned, wrapped)) is not None}
     finally:
@@ -37,6 +45,17 @@ def merged_adapters(model: Any) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
+
+
+def _untie(base: Any) -> None:
+    """Let the config say that input and output embeddings differ, if one of them alone is trained (as PEFT does when it
+    unloads): else the saved model would be tied again when it is loaded."""
+    config = getattr(base, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    pair = [getattr(part, "weight", None) for part in (base.get_input_embeddings(), base.get_output_embeddings())]
+    if all(isinstance(weight, Tensor) for weight in pair) and pair[0].data_ptr() != pair[1].data_ptr():
+        config.tie_word_embeddings = False
 
 
 def _plain_name(name: str, tuned: dict[str, Any], wrapped: dict[str, Any]) -> str | None:

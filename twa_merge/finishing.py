@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from twa_merge.adapters import is_adapted
+from twa_merge.adapters import is_adapted, without_adapters
 from twa_merge.assembly import load_merge
 from twa_merge.callbacks import SnapshotCallback
 from twa_merge.checkpoints import Soup
@@ -49,7 +49,8 @@ def finish(
 
     After a training run, or in place of the second half of one (paper, sec. 6.1: head of training). The trainer's own
     data sets, collator, device and processes are used; running statistics of BatchNorm are recomputed. What goes into
-    the model is what the result's verdict says: the learned merge, or the best fixed one if that is as good.
+    the model is what the result's verdict says: the learned merge, or the best fixed one if that is as good. A mean of
+    products of low rank is not one: in place of a model with PEFT adapters, `trainer.model` becomes a full model.
 
         trainer = Trainer(model, args, callbacks=[SnapshotCallback()], ...)
         trainer.train()
@@ -77,10 +78,9 @@ def finish(
     if learn_on not in LEARN_ON:
         raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
     module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if is_adapted(module):
-        raise UserError(
-            "finish: the trainer's model has adapters, its snapshots are full models; merge them with twa.train"
-        )
+    adapted = is_adapted(module)
+    if adapted:
+        module = without_adapters(module)
     soup = _soup_of(trainer) if snapshots is None else Soup(list(snapshots))
     splits = {"test": test_dataset}
     if learn_on == "train":
@@ -104,6 +104,9 @@ def finish(
         recipe = replace(recipe, device="cpu")
     result = Job(recipe, soup, splits, task=task, module=module, overwrite=overwrite).run()
     load_merge(module, soup, result.weights)
+    if adapted:
+        trainer.model = trainer.model_wrapped = module
+        trainer.optimizer = trainer.lr_scheduler = None  # those of the adapters
     return result
 
 
