@@ -5,8 +5,8 @@
 A small encoder-decoder Transformer (Marian's architecture) is trained from nothing on Multi30k, English to German, by
 Adam with a learning rate that is divided by ten at half and at three quarters of the run. Snapshots of a first part of
 the run, one an epoch, are merged on the training data (TWA-t, one row for the whole model), on the validation data
-(TWA-v), or fixed. BLEU is that of greedy decoding on the test set of 2016, scored at the end; it chooses nothing: settings were chosen on
-seeds from 100 on, which test on a thousand other pairs of the training file.
+(TWA-v), or fixed. BLEU is that of greedy decoding on the test set of 2016, scored at the end; it chooses nothing:
+settings were chosen on seeds from 100 on, which test on a thousand other pairs of the training file.
 """
 
 from __future__ import annotations
@@ -236,11 +236,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="of the full run")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--vocabulary", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-3)
     heads = {"nargs": "+", "default": [0.5, 0.6], "help": "shares of the run whose snapshots are merged"}
     parser.add_argument("--heads", type=float, **heads)
-    parser.add_argument("--pairs", type=int, default=10_000, help="of the 29,000 that train")
+    parser.add_argument("--pairs", type=int, default=6_000, help="of the 29,000 that train")
     parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     args = parser.parse_args()

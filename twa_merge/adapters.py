@@ -50,12 +50,11 @@ def merged_adapters(model: Any) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]
 def _untie(base: Any) -> None:
     """Let the config say that input and output embeddings differ, if one of them alone is trained (as PEFT does when it
     unloads): else the saved model would be tied again when it is loaded."""
-    config = getattr(base, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return
-    pair = [getattr(part, "weight", None) for part in (base.get_input_embeddings(), base.get_output_embeddings())]
-    if all(isinstance(weight, Tensor) for weight in pair) and pair[0].data_ptr() != pair[1].data_ptr():
-        config.tie_word_embeddings = False
+    read, written = (getattr(p, "weight", None) for p in (base.get_input_embeddings(), base.get_output_embeddings()))
+    if isinstance(read, Tensor) and isinstance(written, Tensor) and read.data_ptr() != written.data_ptr():
+        base.config.tie_word_embeddings = False
 
 
 def _plain_name(name: str, tuned: dict[str, Any], wrapped: dict[str, Any]) -> str | None:
