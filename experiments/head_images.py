@@ -146,12 +146,12 @@ def merged(args: Any, trainer: Trainer, parts: dict[str, Pictures], snapshots: l
     )
     seconds = time.perf_counter() - start
     learned = next(c for c in result.league if c.learned)
-    found = scores(trainer.model, parts) | {"seconds": seconds, "select": learned.select.loss.value}
+    found = scores(trainer.model, parts) | {"seconds": seconds, "learning seconds": result.seconds["learning"]}
     fixed = {
         c.name: {"select": c.select.loss.value, "select accuracy": c.select.metric("accuracy").value}
         for c in result.league
     }
-    return found | {"league": fixed, "passes": learned.passes}
+    return found | {"select": learned.select.loss.value, "league": fixed, "passes": learned.passes}
 
 
 def fixed_merge(trainer: Trainer, parts: dict[str, Pictures], snapshots: list[Path], first: int) -> dict[str, Any]:
