@@ -47,8 +47,9 @@ class MergedModel(nn.Module):
         fingerprints: of the checkpoints (`Soup.fingerprints`), for `mixing_weights()`.
     """
 
-    accepts_loss_kwargs = False
-    """Trainer divides the loss by the steps of accumulation itself, as the wrapped loss takes no item count."""
+    accepts_loss_kwargs: bool
+    """Whether the module's loss divides by a count of items that is passed to it; else Trainer takes a mean of means
+    over the steps of accumulation."""
 
     twa_coefficients: nn.Parameter
     """(G', R) float32: a row for each group that has a direction; R = N for deltas."""
@@ -68,7 +69,7 @@ class MergedModel(nn.Module):
     ) -> None:
         super().__init__()
         # Kept out of the module tree: state dicts, DDP buffers and device maps then see the coefficients alone.
-        _hide(self, module=module, basis=basis, linear=linear)
+        _hide(self, module=module, basis=basis, linear=linear, accepts_loss_kwargs=_takes_item_count(module))
         _hide(self, checkpoints=checkpoints, fingerprints=fingerprints)
         _hide(self, _trained=[(p, p.requires_grad) for p in module.parameters()])
         _hide(self, _active=basis.trainable_G.nonzero().flatten(), _combined=None, _placed=None)
@@ -259,6 +260,10 @@ class MergedModel(nn.Module):
         count = self.twa_coefficients.numel()
         print(f"trainable params: {count:,} || all params: {total:,} || trainable%: {100 * count / total:.4f}")
 
+    def _get_name(self) -> str:
+        """Return the module's: Trainer finds out by it whether labels are shifted."""
+        return type(self.module).__name__
+
     def train(self, mode: bool = True) -> MergedModel:
         """Set the mode of wrapper and module."""
         super().train(mode)
@@ -338,4 +343,19 @@ def _with_signature_of(cls: type[MergedModel], module: nn.Module) -> type[Merged
         return cls.forward(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+    # Trainer finds the labels of question answering by the class's name
+    return type(f"Merged{type(module).__name__}", (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def _takes_item_count(module: nn.Module) -> bool:
+    """Whether `num_items_in_batch` reaches the module's loss, and the loss divides by it.
+
+    Trainer takes it for granted where `forward` has keyword arguments, which the losses of classification ignore.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    passes = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    if not getattr(module, "accepts_loss_kwargs", passes) or not passes:
+        return False
+    code = getattr(forward, "__code__", None)
+    loss = getattr(module, "loss_function", None) if code is not None and "loss_function" in code.co_names else None
+    return callable(loss) and "num_items_in_batch" in inspect.signature(loss).parameters

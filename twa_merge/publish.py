@@ -38,10 +38,9 @@ def check_output(output: Path, soup: Soup | None, *, overwrite: bool) -> None:
             f"{output}: cannot be made, {parent} is no folder that can be written to; choose another output"
         )
     resolved = output.resolve()
-    for source in soup.sources if soup is not None else ():
-        places = {source.folder, *source.files, *(file.parent for file in source.files)}
-        if any(place is not None and _inside(place.resolve(), resolved) for place in places):
-            raise UserError(f"{output}: is or holds the input {source.label}; choose another output")
+    for label, places in _inputs(soup) if soup is not None else ():
+        if any(_inside(place, resolved) for place in places):
+            raise UserError(f"{output}: is or holds the input {label}; choose another output")
     if not output.exists():
         return
     if not overwrite:
@@ -50,6 +49,23 @@ def check_output(output: Path, soup: Soup | None, *, overwrite: bool) -> None:
         raise UserError(
             f"{output}: exists and is no earlier merge; --overwrite replaces only folders written by twa-merge"
         )
+
+
+def check_working_folder(folder: Path, soup: Soup, *, name: str) -> None:
+    """Raise if files that are written into `folder`, or into its `checkpoint-*`, could replace an input."""
+    resolved = folder.resolve()
+    for label, places in _inputs(soup):
+        for place in places:
+            inner = place.relative_to(resolved).parts[:1] if _inside(place, resolved) else None
+            if inner is not None and (place == resolved or inner[0].startswith("checkpoint-")):
+                raise UserError(f"{name} {folder}: holds the input {label}, which would be replaced; choose another")
+
+
+def _inputs(soup: Soup) -> Iterator[tuple[str, set[Path]]]:
+    """Yield each checkpoint's label, its folders and its files."""
+    for source in soup.sources:
+        places = {source.folder, *source.files, *(file.parent for file in source.files)}
+        yield source.label, {place.resolve() for place in places if place is not None}
 
 
 def _inside(path: Path, folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -24,10 +23,11 @@ from twa_merge.errors import UserError
 from twa_merge.hub import push_to_hub
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
+from twa_merge.publish import check_working_folder
 from twa_merge.splits import split_indices
 from twa_merge.writer import write
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @dataclass
@@ -73,10 +73,12 @@ class TWATrainer(Trainer):
         options: everything else that `Trainer` takes, except `model_init`.
 
     Raises:
-        UserError: the checkpoints do not fit together, there are no data, or an option that has no meaning here.
+        UserError: the checkpoints do not fit together, they would be replaced by what is written, or an option that has
+            no meaning here.
     """
 
     model: MergedModel
+    _saves_checkpoint = False
 
     def __init__(
         self,
@@ -89,6 +91,8 @@ class TWATrainer(Trainer):
         eval_dataset: Any = None,
         **options: Any,
     ) -> None:
+        if isinstance(checkpoints, nn.Module):
+            raise UserError("TWATrainer: expected checkpoints first, got a module; name it model=")
         if options.get("model_init") is not None:
             raise UserError("TWATrainer: model_init has no meaning; the weights come from the checkpoints")
         args = TWAConfig("trainer_output") if args is None else args
@@ -104,6 +108,7 @@ class TWATrainer(Trainer):
                 stacklevel=2,
             )
         self.soup = checkpoints if isinstance(checkpoints, Soup) else Soup(checkpoints)
+        check_working_folder(Path(args.output_dir or "."), self.soup, name="output_dir")
         made = merged_model(self.soup, model, task=task, device=args.device, **_merge_options(args))
         if train_dataset is None and eval_dataset is not None:
             train_dataset, eval_dataset = _divide(eval_dataset, args)
@@ -177,32 +182,66 @@ class TWATrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push nothing while training: a checkpoint holds coefficients, not a model."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the merged model, exact from the checkpoints.
+
+        Raises:
+            UserError: an input is there.
+        """
+        # Trainer itself names a folder for `checkpoint-*` alone: those hold what a run resumes from, the coefficients
+        self._saves_checkpoint = _internal_call and output_dir is not None
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._saves_checkpoint = False
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save coefficients in a `checkpoint-*` folder, the merged model anywhere else."""
         folder = Path(output_dir if output_dir is not None else self._output_dir())
         weights = self.mixing_weights()  # on every process: statistics may be recomputed
-        super()._save(str(folder), state_dict)
+        if self._saves_checkpoint:
+            super()._save(str(folder), state_dict)
+            if self.args.should_save:
+                weights.save(folder)
+            return
+        check_working_folder(folder, self.soup, name="save_model")
         if not self.args.should_save:
             return
-        if _CHECKPOINT.fullmatch(folder.name):
-            weights.save(folder)
-            return
-        (folder / "model.safetensors").unlink()  # the coefficients
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as beside:
-            merge = write(self.soup, weights, Path(beside) / "merge")
-            for path in merge.iterdir():
-                os.replace(path, folder / path.name)
-            shutil.rmtree(merge)
+            side, merge = Path(beside, "side"), Path(beside, "merge")
+            super()._save(str(side), state_dict)
+            (side / "model.safetensors").unlink()  # the coefficients
+            write(self.soup, weights, merge)
+            for path in side.iterdir():
+                path.replace(merge / path.name)
+            replace_model(folder, merge)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load coefficients, if they are of these checkpoints and mean the same."""
+        saved = MixingWeights.load(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        now = self.model.mixing_weights()
+        known = saved.fingerprints == now.fingerprints and saved.groups == now.groups and saved.linear == now.linear
+        if not (known and torch.allclose(saved.table, now.table, rtol=1e-6, atol=1e-9)):
+            raise UserError(
+                f"{resume_from_checkpoint}: its coefficients are of other checkpoints, of another order of them, or of "
+                "other granularity, coordinates or directions; resume with what it was started with"
+            )
 
     def _recompute(self, module: nn.Module) -> None:
         from torch.utils.data import DataLoader, Subset
 
-        assert self.train_dataset is not None
+        # all of it in every process; without the columns that the model does not take. The loader of evaluation may be
+        # kept by Trainer, for its own data
+        whole = self.get_test_dataloader(self.train_dataset) if self.train_dataset is not None else None
+        if whole is None or not hasattr(self.train_dataset, "__len__"):
+            raise UserError(
+                "TWATrainer: the model has BatchNorm, whose statistics are recomputed from training data; expected a "
+                f"train_dataset with a length, got {type(self.train_dataset).__name__}"
+            )
         size = len(self.train_dataset)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(self.args.seed)  # a sampler's own would change the order of training
         chosen = torch.randperm(size, generator=generator)[: buffers.STATISTICS_SAMPLES].tolist()
-        # all of it in every process; without the columns that the model does not take
-        whole = self.get_eval_dataloader(self.train_dataset)
         batch = self.args.per_device_train_batch_size
         part, last = Subset(whole.dataset, chosen), len(chosen) >= batch
         loader = DataLoader(part, batch, collate_fn=whole.collate_fn, drop_last=last)
@@ -213,6 +252,17 @@ class TWATrainer(Trainer):
     def _output_dir(self) -> str:
         assert self.args.output_dir is not None
         return self.args.output_dir
+
+
+def replace_model(folder: Path, made: Path) -> None:
+    """Move a complete model's files into a folder that may hold an earlier one: never an index with other shards."""
+    new = {path.name for path in made.iterdir()}
+    old = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
+    for name in sorted(old, key=lambda name: not name.endswith("index.json")):
+        if name.endswith("index.json") or name not in new:
+            (folder / name).unlink()
+    for name in sorted(new, key=lambda name: name.endswith("index.json")):
+        os.replace(made / name, folder / name)
 
 
 def _merge_options(args: TrainingArguments) -> dict[str, Any]:
@@ -226,6 +276,8 @@ def _divide(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:
 
     if isinstance(dataset, dict):
         raise UserError(f"eval_dataset: expected one data set to learn on, got several ({', '.join(dataset)})")
+    if not hasattr(dataset, "__len__"):
+        raise UserError(f"eval_dataset: expected one with a length, to be divided; got {type(dataset).__name__}")
     fraction = args.select_fraction if isinstance(args, TWAConfig) else TWAConfig.select_fraction
     [(fit, select)] = split_indices(len(dataset), select_fraction=fraction, min_select=1, seed=args.seed)
     if hasattr(dataset, "select"):  # a `datasets.Dataset` stays one: Trainer removes columns of those

@@ -1,9 +1,11 @@
-"""ResNet-20 for CIFAR-10 (He et al. 2015, option-A shortcuts), with the names of akamaster/pytorch_resnet_cifar10."""
+"""CIFAR-10: its pictures, ResNet-20 (He et al. 2015, option-A shortcuts) with the names of
+akamaster/pytorch_resnet_cifar10, and fine-tuning as a sweep would."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,3 +61,45 @@ def load_pictures(path: Path) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     return x.contiguous(), torch.tensor(table["label"])
+
+
+def draw(generator: np.random.Generator) -> dict[str, Any]:
+    """Draw what a sweep would try."""
+    return {
+        "lr": float(10 ** generator.uniform(-3.5, -1)),
+        "epochs": int(generator.integers(1, 3)),
+        "batch": int(generator.choice([64, 128])),
+        "weight_decay": float(10 ** generator.uniform(-4.5, -3)),
+        "label_smoothing": float(generator.uniform(0, 0.1)),
+        "augment": bool(generator.random() < 0.7),
+        "share": float(generator.uniform(0.15, 0.5)),
+        "seed": int(generator.integers(1 << 30)),
+    }
+
+
+def augmented(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a batch shifted by up to four pixels and mirrored at random."""
+    if torch.rand((), generator=generator) < 0.5:
+        x = x.flip(3)
+    down, right = torch.randint(0, 9, (2,), generator=generator).tolist()
+    return F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
+
+
+def fine_tune(model: nn.Module, x: torch.Tensor, y: torch.Tensor, choice: dict[str, Any]) -> None:
+    """Train a model on a share of some pictures, by SGD with the hyper-parameters drawn."""
+    generator = torch.Generator().manual_seed(choice["seed"])
+    model.train()
+    kept = torch.randperm(len(x), generator=generator)[: int(choice["share"] * len(x))]
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=choice["lr"], momentum=0.9, nesterov=True, weight_decay=choice["weight_decay"]
+    )
+    steps = choice["epochs"] * (len(kept) // choice["batch"])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(choice["epochs"]):
+        order = kept[torch.randperm(len(kept), generator=generator)]
+        for batch in order.split(choice["batch"])[: len(kept) // choice["batch"]]:
+            pictures = augmented(x[batch], generator) if choice["augment"] else x[batch]
+            F.cross_entropy(model(pictures), y[batch], label_smoothing=choice["label_smoothing"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
