@@ -1,6 +1,7 @@
 """Snapshots of a real Trainer's run: complete checkpoints, at the right steps, also after a resume, of any model."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -212,3 +213,145 @@ def test_a_checkpoint_that_trainer_does_not_save_after_all(tmp_path):
     make_trainer(tmp_path, callbacks=[callback, watch], learning_rate=1.0, **settings).train()
     assert steps(callback) == [4, 8, 12]
     check(callback, watch)
+
+
+LORA = {"r": 2, "lora_dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 6, 7]}}),
+        ("llama_tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 6, 7]}}),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        ),
+    ],
+)
+def test_adapters_of_every_kind_give_the_model_that_trains(tmp_path, kind, options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(factory.make_model(kind), peft.LoraConfig(**LORA, **options))
+    callback = twa.SnapshotCallback(every_n_steps=6)
+    make_trainer(tmp_path, model=model, callbacks=[callback], learning_rate=3e-2).train()
+    batch = {"input_ids": tokens(1)[0]["input_ids"].unsqueeze(0)}
+    loaded, info = AutoModelForCausalLM.from_pretrained(callback.snapshots[-1], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-3, atol=1e-4)
+
+
+def _native(peft):
+    model = factory.make_model("gpt2")
+    model.add_adapter(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **LORA))
+    return model
+
+
+def _prompts(peft):
+    return peft.get_peft_model(
+        factory.make_model("gpt2"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+
+
+def _tied(peft):
+    return peft.get_peft_model(
+        factory.make_model("llama_tied"), peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], **LORA)
+    )
+
+
+@pytest.mark.parametrize(
+    "make, message", [(_native, "use peft.get_peft_model"), (_prompts, "no weights"), (_tied, "is tied to another")]
+)
+def test_adapters_that_cannot_be_merged_are_refused_before_training(tmp_path, make, message):
+    peft = pytest.importorskip("peft")
+    trainer = make_trainer(tmp_path, model=make(peft), callbacks=[twa.SnapshotCallback()])
+    with pytest.raises(twa.UserError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class Fail(TrainerCallback):
+    """Ends the first run with an error at step 4."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.mark.parametrize("storage", ["disk", "int8"])
+def test_a_run_that_starts_anew_with_smaller_batches(tmp_path, storage):
+    callback = twa.SnapshotCallback(every_n_steps=3, storage=storage)
+    fail = Fail(RuntimeError("CUDA out of memory. Tried"))
+    trainer = make_trainer(tmp_path, callbacks=[callback, fail], auto_find_batch_size=True)
+    trainer.train()
+    assert callback.store.steps == list(range(3, trainer.state.global_step + 1, 3))
+
+
+def test_a_run_is_resumed_while_the_last_snapshot_is_still_written(tmp_path, monkeypatch):
+    add = DiskStore.add
+
+    def slow(self, *arguments):
+        time.sleep(0.5)
+        add(self, *arguments)
+
+    monkeypatch.setattr(DiskStore, "add", slow)
+    callback = twa.SnapshotCallback(every_n_steps=3)
+    fail = Fail(KeyboardInterrupt())
+    trainer = make_trainer(tmp_path, callbacks=[callback, fail], save_strategy="steps", save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert steps(callback) == [3, 6, 9, 12]
+
+
+def test_two_callbacks_share_a_folder(tmp_path):
+    often, seldom = twa.SnapshotCallback(every_n_steps=3), twa.SnapshotCallback(every_n_epochs=1)
+    make_trainer(tmp_path, callbacks=[often, seldom]).train()
+    assert steps(often) == [3, 6, 9, 12]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tokens(24))
+
+
+@pytest.mark.parametrize(
+    "data, every, max_steps, expected",
+    [(Stream(), 2, 24, [12, 24]), (Stream(), 3, 24, [18]), (Stream(), 1, 6, [6]), (None, 2, 2, []), (None, 1, 9, [6])],
+)
+def test_epochs_are_counted_whatever_the_data(tmp_path, data, every, max_steps, expected):
+    callback = twa.SnapshotCallback(every_n_epochs=every)
+    make_trainer(tmp_path, data=data, callbacks=[callback], max_steps=max_steps).train()
+    assert steps(callback) == expected
+
+
+def test_a_later_run_does_not_change_what_was_kept(tmp_path):
+    first = twa.SnapshotCallback(every_n_steps=6)
+    make_trainer(tmp_path, callbacks=[first], save_strategy="steps", save_steps=6).train()
+    kept = first.snapshots[-1].parent.rename(tmp_path / "kept")
+    config = (kept / "snapshot-12/config.json").read_text()
+    model = factory.make_model("gpt2", n_layer=1)
+    make_trainer(tmp_path, model=model, save_strategy="steps", save_steps=6).train()
+    assert (kept / "snapshot-12/config.json").read_text() == config
+
+
+def test_snapshots_in_memory_that_are_damaged_or_elsewhere(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 6}
+
+    def make(folder):
+        return make_trainer(folder, callbacks=[twa.SnapshotCallback(every_n_steps=3, storage="int8")], **settings)
+
+    make(tmp_path / "a").train()
+    with pytest.raises(twa.UserError, match="started in another output_dir"):
+        make(tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-6"))
+    on_disk = make_trainer(tmp_path / "c", callbacks=[twa.SnapshotCallback(every_n_steps=3)], **settings)
+    with pytest.warns(UserWarning, match="none in .* from before step 6"):
+        on_disk.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-6"))
+    file = tmp_path / "a/checkpoint-12/snapshots.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(twa.UserError, match="damaged"):
+        make(tmp_path / "a").train(resume_from_checkpoint=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from twa_merge.adapters import is_adapted
+from twa_merge.adapters import check_adapters, is_adapted
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.snapshot_stores import DiskStore, MemoryStore, Store
@@ -43,7 +46,8 @@ class SnapshotCallback(TrainerCallback):
         overwrite: remove the snapshots of an earlier run that are there when training starts anew.
 
     Raises:
-        UserError: snapshots of an earlier run are there, or the processes share the model (FSDP, DeepSpeed).
+        UserError: when training begins: snapshots of an earlier run are there, the processes share the model (FSDP,
+            DeepSpeed), or its adapters cannot be merged into it.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SnapshotCallback(TrainerCallback):
         self._on_disk = storage == "disk"
         self._taker: SnapshotTaker | None = None
         self._awaited: int | None = None
+        self._runs = False
 
     @property
     def snapshots(self) -> list[Path]:
@@ -100,7 +105,11 @@ class SnapshotCallback(TrainerCallback):
                 "snapshots: with FSDP or DeepSpeed no process has the whole model; merge Trainer's own checkpoints "
                 "instead (save_steps, then checkpoint-*)"
             )
+        if state.is_hyper_param_search:
+            raise UserError("snapshots: not in a hyperparameter search; take them when the best trial is trained again")
+        check_adapters(_unwrapped(kwargs["model"]))
         assert args.output_dir is not None
+        self._wait()  # for what an interrupted run has left in the background
         if self._on_disk or self.store is None:  # of each run in its own folder
             self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
         if not state.is_world_process_zero:
@@ -108,10 +117,17 @@ class SnapshotCallback(TrainerCallback):
         if state.global_step > 0 and not self.store.steps:
             self.store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if isinstance(self.store, MemoryStore):
-                self.store.describe(kwargs["model"], kwargs.get("processing_class"))
+                self.store.describe(_unwrapped(kwargs["model"]), kwargs.get("processing_class"))
+            elif self.every_n_steps is not None and state.global_step >= self.every_n_steps:
+                warnings.warn(
+                    f"snapshots: none in {args.output_dir} from before step {state.global_step}, where this run goes "
+                    "on: was it started elsewhere, or without snapshots?",
+                    stacklevel=2,
+                )
         # a run that is resumed takes the later ones again
         stale = [step for step in self.store.steps if step > state.global_step]
-        if stale and state.global_step == 0 and not self.overwrite:
+        again = self._runs and args.auto_find_batch_size  # Trainer starts anew with smaller batches
+        if stale and state.global_step == 0 and not (self.overwrite or again):
             where = self.store.folder if isinstance(self.store, DiskStore) else "this callback"
             raise UserError(
                 f"snapshots: {where} holds {len(stale)} of an earlier run; move them, give another folder, or "
@@ -120,7 +136,7 @@ class SnapshotCallback(TrainerCallback):
         for step in stale:
             self.store.remove(step)
         self._taker = SnapshotTaker(self.store)
-        self._awaited = None
+        self._awaited, self._runs = None, True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
@@ -129,7 +145,16 @@ class SnapshotCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every_n_epochs is not None and round(state.epoch or 0) % self.every_n_epochs == 0:
+        if self.every_n_epochs is None:
+            return
+        epoch = state.epoch or 0.0
+        if has_length(kwargs["train_dataloader"]):
+            done = round(epoch)
+            if not math.isclose(epoch, done, abs_tol=1e-6):
+                return  # the run was cut off
+        else:  # Trainer takes all steps for one epoch
+            done = math.ceil(epoch - 1e-6)
+        if done % self.every_n_epochs == 0:
             self._take(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -149,6 +174,7 @@ class SnapshotCallback(TrainerCallback):
     ) -> None:
         self._wait()
         self._keep_last()
+        self._runs = False
 
     def _take(
         self,
@@ -160,15 +186,11 @@ class SnapshotCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        from accelerate.utils import extract_model_from_parallel
-
         if self._taker is None:
             return
-        module = extract_model_from_parallel(model, keep_torch_compile=False)
+        module = _unwrapped(model)
         saves = control.should_save and args.save_strategy != "best"  # which may find that it is not the best
-        if (
-            saves and isinstance(self.store, DiskStore) and not is_adapted(module)
-        ):  # of an adapted model, the adapter alone
+        if saves and isinstance(self.store, DiskStore) and not is_adapted(module):  # whose checkpoints hold no model
             self._awaited = state.global_step
         else:
             self._keep_last()
@@ -179,3 +201,10 @@ class SnapshotCallback(TrainerCallback):
             self._taker.wait()
             for step in self._taker.store.steps[: -self.last]:
                 self._taker.store.remove(step)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    from accelerate.utils import extract_model_from_parallel
+
+    module: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return module

@@ -110,15 +110,24 @@ class HeldCheckpoints:
             for name, parts in held.items():
                 tensors |= {f"{step}.{i}.{name}": part for i, part in enumerate(parts)}
         about = {"bits": self.bits, "shapes": self._shapes, "steps": self.steps}
-        save_file(tensors, path, {"held": json.dumps(about)})
+        unfinished = path.with_name(f".{path.name}")
+        save_file(tensors, unfinished, {"held": json.dumps(about)})
+        unfinished.replace(path)
 
     def load(self, path: Path) -> None:
-        """Hold what was written, and nothing else."""
-        from safetensors import safe_open
+        """Hold what was written, and nothing else.
 
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["held"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        Raises:
+            UserError: the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["held"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise UserError(f"snapshots: {path}: damaged ({error}); resume from an earlier checkpoint") from error
         self.bits = about["bits"]
         self._shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
         self._base = {name: tensors[f"base.{name}"] for name in self._shapes}

@@ -76,12 +76,14 @@ class DiskStore:
         self._publish(step, fill)
 
     def link(self, step: int, checkpoint: Path) -> None:
-        """Keep a checkpoint that Trainer has saved, without a copy where the file system can."""
+        """Keep a checkpoint that Trainer has saved, without a copy of its weights where the file system can."""
 
         def fill(folder: Path) -> None:
             for path in checkpoint.iterdir():
-                if _WEIGHTS.fullmatch(path.name) or (path.suffix in SIDE_SUFFIXES and path.name not in _NOT_MODEL):
+                if _WEIGHTS.fullmatch(path.name):
                     _link_or_copy(path, folder / path.name)
+                elif path.suffix in SIDE_SUFFIXES and path.name not in _NOT_MODEL:
+                    shutil.copyfile(path, folder / path.name)  # a later run may write into the same file
 
         self._publish(step, fill)
 
@@ -104,13 +106,12 @@ class DiskStore:
     def _publish(self, step: int, fill: Callable[[Path], None]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"snapshot-{step}"
-        unfinished = target.with_name(f".{target.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        fill(unfinished)
-        if target.exists():
-            self.remove(step)
-        unfinished.rename(target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=self.folder) as beside:
+            unfinished = Path(beside, target.name)
+            unfinished.mkdir()
+            fill(unfinished)
+            if not target.exists():  # else another callback has taken the same step
+                unfinished.rename(target)
 
 
 class MemoryStore:
@@ -163,8 +164,8 @@ class MemoryStore:
     def load(self, checkpoint: Path) -> None:
         if not (checkpoint / _OF_CHECKPOINT).is_file():
             raise UserError(
-                f"snapshots: {checkpoint} holds none; this run was not started with snapshots in memory: keep them on "
-                "disk, or start it anew"
+                f"snapshots: {checkpoint} holds none: the run was started in another output_dir, or without snapshots "
+                "in memory; put that checkpoint there, or start anew"
             )
         self.held.load(checkpoint / _OF_CHECKPOINT)
 
