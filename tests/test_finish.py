@@ -158,6 +158,110 @@ def test_two_processes_finish_as_one_does(tmp_path):
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)
 
 
+IN_MEMORY = """
+import sys
+import torch
+torch.set_num_threads(1)
+import twa_merge as twa
+from tests.trainers import make_trainer
+callback = twa.SnapshotCallback(3, storage="int8")
+trainer = make_trainer(sys.argv[1], callbacks=[callback], per_device_train_batch_size=2)
+trainer.train()
+print("learned", twa.finish(trainer, steps=2).league[-1].name)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_snapshots_in_memory_reach_every_process(tmp_path):
+    (tmp_path / "driver.py").write_text(IN_MEMORY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command += [str(tmp_path / "driver.py"), str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("learned TWA by tensor") == 2
+    assert not (tmp_path / "run/_snapshots").exists()
+
+
+@pytest.mark.parametrize("error", [{"lr": 1e30}, {"margin": None}])
+def test_a_finish_that_fails_leaves_the_model_as_it_was(tmp_path, error, monkeypatch):
+    trainer = trained(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    if "margin" in error:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("twa_merge.league.choose", interrupted)
+        error = {}
+    with pytest.raises((twa.UserError, KeyboardInterrupt)):
+        twa.finish(trainer, steps=3, **error)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_loss_of_the_models_own_is_what_is_learned_and_scored(tmp_path):
+    from transformers import BertForSequenceClassification
+
+    class WeightedBertForSequenceClassification(BertForSequenceClassification):
+        def forward(self, input_ids=None, labels=None):
+            logits = super().forward(input_ids=input_ids).logits
+            weighted = F.cross_entropy(logits, labels, reduction="none") * torch.tensor([5.0, 1.0])[labels]
+            return {"loss": weighted.mean(), "logits": logits}
+
+    def labelled(seed):
+        return [row | {"labels": row["labels"][0] % 2} for row in tokens(24, seed=seed)]
+
+    model = WeightedBertForSequenceClassification(factory.make_model("bert").config)
+    given = {"model": model, "data": labelled(0), "eval_dataset": labelled(1), "per_device_eval_batch_size": 1}
+    trainer = trained(tmp_path, **given)
+    result = twa.finish(trainer, steps=4, learn_on="train")
+    assert result.task == "trainer"
+    assert result.verdict.winner.select.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_random_masks_are_the_same_for_every_candidate(tmp_path):
+    def masked(rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        labels = ids.clone()
+        chosen = torch.rand(ids.shape) < 0.3
+        chosen[:, 0] = True
+        labels[~chosen] = -100
+        return {"input_ids": ids.masked_fill(chosen, 4), "labels": labels}
+
+    trainer = trained(tmp_path, model=factory.make_model("bert_mlm"), data_collator=masked)
+    result = twa.finish(trainer, steps=2, learn_on="train")
+    uniform = next(c for c in result.league if c.name == "uniform")
+    assert result.learned[0].curve[0]["select_loss"] == pytest.approx(uniform.select.loss.value, rel=1e-4)
+
+
+def test_a_loss_of_whole_batches_is_warned_of(tmp_path, capsys):
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return {"logits": self.body(x)}
+
+    def contrast(outputs, labels, num_items_in_batch=None):
+        z = F.normalize(outputs["logits"], dim=-1)
+        return F.cross_entropy(z @ (z + 0.1 * z.roll(1, -1)).T / 0.1, torch.arange(len(z)))
+
+    given = {"model": Embedding(), "data": rows(24, 0), "eval_dataset": rows(40, 1), "compute_loss_func": contrast}
+    trainer = trained(tmp_path, **given, remove_unused_columns=False, label_names=["labels"])
+    twa.finish(trainer, learn_on="train", steps=2)
+    assert "is none of a mean of theirs" in capsys.readouterr().err
+
+
+def test_a_twa_trainer_has_learned_already(tmp_path):
+    members = factory.make_soup("gpt2", tmp_path, n=2)
+    trainer = twa.TWATrainer(members, twa.TWAConfig(str(tmp_path / "out"), use_cpu=True, report_to="none"))
+    with pytest.raises(twa.UserError, match="save_model"):
+        twa.finish(trainer)
+
+
 def test_a_model_with_adapters_becomes_a_full_one(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], r=2, fan_in_fan_out=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,8 @@ def evaluate(
 
     Batches hold samples of like length, and are the same for any number of processes: each process takes a share of
     them and all get the result. Every process runs the module equally often (a spare batch may run twice), as modules
-    spread over processes need.
+    spread over processes need. What a data set or collator draws at random (masks, crops) is the same for each batch at
+    every call, so that models are compared on the same inputs; the caller's random numbers go on as if none were drawn.
 
     Args:
         module: on the device that the batches are to be moved to; its modes are restored afterwards.
@@ -133,9 +135,10 @@ def evaluate(
     rows: dict[int, _Row] = {}
     scoring = BatchScorer(module, task, autocast, dataset)
     failed: OutOfMemory | None = None
-    with evaluation_mode(module), torch.no_grad():
+    with evaluation_mode(module), torch.no_grad(), fixed_random_numbers():
         try:
-            for number, batch in zip(mine, _bar(loader, progress, accelerator), strict=True):
+            drawn = _bar(_seeded(loader, mine), len(mine), progress, accelerator)
+            for number, batch in zip(mine, drawn, strict=True):
                 rows[number] = (number, *scoring.score(batch, batches[number]))
         except OutOfMemory as error:
             if accelerator is not None and accelerator.num_processes > 1 and sharding.is_sharded(module):
@@ -166,6 +169,34 @@ def bootstrap_paired(a: Evaluation, b: Evaluation, resamples: int = 2000, seed: 
         values_R.append(weighted_S[drawn].sum(axis=1) / a.weights_S[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(values_R), [0.025, 0.975])
     return float(low), float(high)
+
+
+@contextlib.contextmanager
+def fixed_random_numbers() -> Iterator[None]:
+    """Draw the same random numbers at every entry; afterwards Python's, NumPy's and torch's go on as before."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            _seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _seeded(loader: Any, numbers: list[int]) -> Iterator[Any]:
+    """Yield batches, each drawn with random numbers of its own, whichever process draws it."""
+    batches = iter(loader)
+    for number in numbers:
+        _seed(number)
+        yield next(batches)
 
 
 @contextlib.contextmanager
@@ -248,9 +279,9 @@ def _assemble(rows: list[_Row], task: Task, order: list[int]) -> Evaluation:
     return found.subset(np.argsort(order).tolist())
 
 
-def _bar(loader: Any, progress: bool, accelerator: Any) -> Any:
+def _bar(batches: Iterator[Any], total: int, progress: bool, accelerator: Any) -> Any:
     if not progress or (accelerator is not None and not accelerator.is_main_process):
-        return loader
+        return batches
     from tqdm import tqdm
 
-    return tqdm(loader, desc="evaluating", unit="batch", leave=False, delay=2, disable=None)
+    return tqdm(batches, total=total, desc="evaluating", unit="batch", leave=False, delay=2, disable=None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import inspect
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +15,23 @@ from torch import Tensor, nn
 
 from twa_merge.adapters import is_adapted, without_adapters
 from twa_merge.assembly import load_merge
-from twa_merge.callbacks import SnapshotCallback
+from twa_merge.callbacks import FOLDER, SnapshotCallback
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
+from twa_merge.evaluation import evaluation_mode, fixed_random_numbers
 from twa_merge.job import Job, Result
 from twa_merge.memory import say
 from twa_merge.metrics import get_metric
+from twa_merge.model import MergedModel
 from twa_merge.recipe import Recipe
+from twa_merge.snapshot_stores import MemoryStore
 from twa_merge.splits import split_indices
 from twa_merge.task_base import Batch, Task, require_rows, without_labels
 from twa_merge.task_classification import classification_task
 from twa_merge.task_custom import batch_size_of
 from twa_merge.task_generation import IGNORED, logits_of_tokens, token_losses
 from twa_merge.task_labels import SINGLE, LabelSpace
-from twa_merge.tasks import guess_task
+from twa_merge.tasks import guess_task, to_device
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,25 +69,28 @@ def finish(
             on `train_dataset`, and all of `eval_dataset` decides (TWA-t), or a tenth of the training data if there is
             none.
         test_dataset: scored once, at the end.
-        task: losses and metrics; default those of classification or language models where the model is one, else the
-            trainer's own loss, scored sample by sample.
+        task: losses and metrics; default those of classification or language models where the model is one of
+            transformers' own, else the trainer's loss, scored sample by sample. `compute_metrics` is not used.
         output: also write the merged model and the report to this folder.
         overwrite: replace an earlier merge at `output`.
-        recipe: everything else; `learn_options` (`lr`, `epochs`, `granularity`, ...) override its `learn` part.
+        recipe: everything else; default batches no larger than the trainer's. `learn_options` (`lr`, `epochs`,
+            `granularity`, ...) override its `learn` part.
 
     Returns:
         What `twa.train` returns; `print` it for the table.
 
     Raises:
-        UserError: no snapshots, no evaluation data, or something else the caller can mend.
+        UserError: no snapshots, no evaluation data, or something else the caller can mend; the model is as it was.
     """
     if learn_on not in LEARN_ON:
         raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
+    if isinstance(trainer.model, MergedModel):
+        raise UserError("finish: a TWATrainer learns the merge itself; call its save_model()")
     module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     adapted = is_adapted(module)
     if adapted:
         module = without_adapters(module)
-    soup = _soup_of(trainer) if snapshots is None else Soup(list(snapshots))
+    soup = _soup_of(trainer, module) if snapshots is None else Soup(list(snapshots))
     splits = {"test": test_dataset}
     if learn_on == "train":
         splits["train"], collate = _features(trainer, trainer.train_dataset, training=True)
@@ -95,15 +104,20 @@ def finish(
     else:
         splits["held_out"], collate = _features(trainer, trainer.eval_dataset)
     task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
-    recipe = replace(recipe or Recipe(checkpoints=list(soup.labels)), ordered=True)
-    options: dict[str, Any] = {"mixed_precision": _mixed_precision(trainer), "seed": trainer.args.seed} | learn_options
+    recipe = replace(recipe or _recipe_of(trainer, soup), ordered=True)
+    options: dict[str, Any] = {"seed": trainer.args.seed} | learn_options
+    if "mixed_precision" not in options:
+        options["mixed_precision"] = _mixed_precision(trainer)
     recipe = replace(recipe, learn=replace(recipe.learn, **options))
     if output is not None:
         recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
     if trainer.accelerator.device.type == "cpu":
         recipe = replace(recipe, device="cpu")
-    result = Job(recipe, soup, splits, task=task, module=module, overwrite=overwrite).run()
-    load_merge(module, soup, result.weights)
+    if task.name == "trainer":
+        _warn_unless_mean(task, module, splits["held_out"], trainer)
+    with _restored_on_error(module):
+        result = Job(recipe, soup, splits, task=task, module=module, overwrite=overwrite).run()
+        load_merge(module, soup, result.weights)
     if adapted:
         trainer.model = trainer.model_wrapped = module
         trainer.optimizer = trainer.lr_scheduler = None  # those of the adapters
@@ -115,7 +129,8 @@ def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
     common: dict[str, Any] = {"prepare": require_rows, "collate": trainer.data_collator}
     config = getattr(module, "config", None)
     try:
-        kind = guess_task([type(module).__name__]) if config is not None and _has_stock_loss(trainer) else None
+        stock = config is not None and _has_stock_loss(trainer, module)
+        kind = guess_task([type(module).__name__]) if stock else None
     except UserError:
         kind = None
     if kind in ("text-classification", "image-classification"):
@@ -144,11 +159,53 @@ def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
     )
 
 
-def _has_stock_loss(trainer: Any) -> bool:
+def _has_stock_loss(trainer: Any, module: nn.Module) -> bool:
     from transformers import Trainer
 
     own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
+    forward = inspect.unwrap(type(module).forward)
+    own = own or not forward.__module__.startswith("transformers.") or hasattr(module, "_loss_function")
     return not own and trainer.label_smoother is None
+
+
+def _recipe_of(trainer: Trainer, soup: Soup) -> Recipe:
+    """Return the defaults, in passes no larger than the trainer's."""
+    recipe, args = Recipe(checkpoints=list(soup.labels)), trainer.args
+    batch = min(recipe.learn.batch_size, args.train_batch_size * trainer.accelerator.num_processes)
+    learn = replace(recipe.learn, batch_size=batch, accumulation=recipe.learn.batch_size // batch)
+    return replace(recipe, learn=learn, eval_batch_size=min(recipe.eval_batch_size, args.eval_batch_size))
+
+
+@contextlib.contextmanager
+def _restored_on_error(module: nn.Module) -> Iterator[None]:
+    """Put weights and buffers back if what is done in between fails: they may be nowhere else."""
+    before = [(tensor, tensor.detach().cpu().clone()) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
+
+
+def _warn_unless_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) -> None:
+    """Say so if the loss of a few samples is not the mean of theirs: candidates are scored sample by sample."""
+    rows = [dataset[i] for i in range(min(4, len(dataset)))]
+
+    def loss(samples: list[Any]) -> float:
+        return float(task.forward(module, to_device(task.collate(samples), trainer.accelerator.device)))
+
+    with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
+        whole, each = loss(rows), [loss([row]) for row in rows]
+    low, high = min(each), max(each)
+    # weighted means, of samples with unequal numbers of labels, lie between
+    if not low - 0.01 * abs(low) <= whole <= high + 0.01 * abs(high):
+        say(
+            f"warning: the trainer's loss of {len(rows)} samples together, {whole:.4g}, is none of a mean of theirs, "
+            f"{low:.4g} to {high:.4g}: candidates are scored sample by sample, which may mean little; pass task=",
+            main_process=trainer.is_world_process_zero(),
+        )
 
 
 def _token_losses(outputs: Any, batch: Batch, shift: int) -> tuple[Tensor, Tensor]:
@@ -165,14 +222,33 @@ def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss.float().reshape(1), torch.full((1,), float(batch_size_of(batch)), device=loss.device)
 
 
-def _soup_of(trainer: Trainer) -> Soup:
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, SnapshotCallback) and callback.store is not None and callback.store.steps:
+def _soup_of(trainer: Trainer, module: nn.Module) -> Soup:
+    callbacks = trainer.callback_handler.callbacks
+    found = [c for c in callbacks if isinstance(c, SnapshotCallback) and c.store is not None]
+    for callback in found:
+        if isinstance(callback.store, MemoryStore) and trainer.accelerator.num_processes > 1:
+            _spread(callback.store, trainer, module)
+        if callback.store is not None and callback.store.steps:
             return callback.soup()
     raise UserError(
         "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
         "checkpoints ('runs/checkpoint-*')"
     )
+
+
+def _spread(store: MemoryStore, trainer: Any, module: nn.Module) -> None:
+    """Give every process the snapshots that the main one holds in memory, by a file in `output_dir`."""
+    folder, main = Path(trainer.args.output_dir) / FOLDER, trainer.is_world_process_zero()
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        store.save(folder)
+    trainer.accelerator.wait_for_everyone()
+    if not main:
+        store.load(folder)
+        store.describe(module, trainer.processing_class)
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        shutil.rmtree(folder)
 
 
 def _features(trainer: Any, dataset: Any, *, training: bool = False) -> tuple[Any, Callable[[list[Any]], Batch]]:
