@@ -279,3 +279,21 @@ def test_a_model_with_adapters_becomes_a_full_one(tmp_path):
     same_weights(trainer.model, tmp_path / "saved")
     trainer.remove_callback(twa.SnapshotCallback)
     trainer.train()
+
+
+def test_whole_numbers_that_differ_are_refused_before_anything_is_learned(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(factory.VOCAB, 8), nn.Linear(8, factory.VOCAB)
+            self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+        def forward(self, input_ids, labels=None):
+            self.seen += 1
+            logits = self.head(self.embed(input_ids))
+            return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    trainer = trained(tmp_path, model=Counting())
+    with pytest.raises(twa.UserError, match="'seen' differs"):
+        twa.finish(trainer, steps=10**9, output=tmp_path / "out")
+    twa.finish(trainer, steps=2)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import twa_merge as twa
 from tests import factory
 from tests.hub_server import COMMIT, hub
 from tests.test_cli import write_rows
+from twa_merge.hub import make_public
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = ["org/model-0@v1", "org/model-1@main", "org/model-2"]
@@ -198,3 +200,34 @@ def test_what_is_pulled_back_computes_what_was_pushed(served, tmp_path, kind):
     env = {key: value for key, value in env.items() if not key.endswith("_OFFLINE")}
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_the_model_and_its_reports_are_public(tmp_path):
+    members = factory.make_soup("bert", tmp_path / "members", n=2)
+    soup = twa.Soup(members)
+    folder, public = tmp_path / "merged", tmp_path / "public"
+    twa.write(soup, twa.uniform(soup.labels), folder)
+    expected = {path.name for path in folder.iterdir()}
+    config = json.loads((folder / "config.json").read_text())
+    inner = {"_name_or_path": "/data/someone/base", "files": [{"vocab_file": "/data/someone/v.txt"}], "size": 3}
+    (folder / "config.json").write_text(json.dumps(config | {"encoder": inner, "_name_or_path": "runs/secret"}))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/root": 1, str(Path.home()): 2}}}))
+    for name in ("train.log", "customers.csv", "notes.txt", "rng_state.pth", "training_args.bin", "mine.json"):
+        (folder / name).write_text("secret")
+    public.mkdir()
+    make_public(folder, public)
+    assert {path.name for path in public.iterdir()} == expected | {"tokenizer.json"}
+    found = json.loads((public / "config.json").read_text())
+    assert found == config | {"encoder": {"files": [{}], "size": 3}}
+
+
+def test_local_data_stay_private_wherever_the_push_is_made_from(finished, tmp_path, monkeypatch):
+    recipe = yaml.safe_load((finished / "out/recipe.yaml").read_text())
+    folder, public = tmp_path / "merged", tmp_path / "public"
+    shutil.copytree(finished / "out", folder)
+    recipe["data"]["path"] = "secret-patients/visits"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    public.mkdir()
+    make_public(folder, public)
+    assert yaml.safe_load((public / "recipe.yaml").read_text())["data"]["path"] == "local-data"

@@ -37,10 +37,15 @@ def public_names(checkpoints: Sequence[str], revisions: Sequence[str]) -> tuple[
     )
 
 
-def public_recipe(recipe: Recipe, names: Sequence[str]) -> Recipe:
+def is_on_hub(path: str | None) -> bool:
+    """Whether data are named as the Hub does, and nothing of that name is here."""
+    return path is not None and path.count("/") == 1 and not Path(path).expanduser().exists()
+
+
+def public_recipe(recipe: Recipe, names: Sequence[str], *, data_on_hub: bool) -> Recipe:
     """Return a recipe without paths: with these names of the checkpoints, and local data and output named as such."""
     data = recipe.data
-    if data.path is not None and (Path(data.path).expanduser().exists() or data.path.count("/") != 1):
+    if data.path is not None and not data_on_hub:
         data = replace(data, path=_PRIVATE)
     output = replace(recipe.output, path="merged" if recipe.output.path is not None else None)
     return replace(recipe, checkpoints=list(names), data=data, output=output)
@@ -99,7 +104,7 @@ def model_card(
             "learned by `twa-merge run recipe.yaml` with",
             "",
             "```yaml",
-            to_yaml(public_recipe(recipe, names)).strip(),
+            to_yaml(public_recipe(recipe, names, data_on_hub=is_on_hub(recipe.data.path))).strip(),
             "```",
         ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"

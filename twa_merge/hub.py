@@ -17,12 +17,20 @@ from twa_merge.mixing import MixingWeights
 from twa_merge.plots import plot_mixing_weights
 from twa_merge.recipe import load_recipe, to_yaml
 
-_LEFT_OUT = {"training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+_PUBLIC = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(league|curve)\.png|README\.md|LICENSE(\.\w+)?|report\.(md|json)|\w*config\.json"
+    r"|(tokenizer|special_tokens_map|added_tokens|chat_template|normalizer)\.json|\w+\.(jinja|spm|codes|tokenizer)"
+    r"|[\w.]+\.model|[\w-]*(vocab|merges|dict)[\w-]*\.(txt|json)"
+)
+"""What of a folder is uploaded: model, tokenizer or processor, and what is said of the merge. It may be a working
+folder with much else in it."""
 _NAMES = {"_name_or_path", "name_or_path"}
 """Where configs keep the folder that a model was loaded from."""
+_LOCAL = re.compile(r"(/|~|[A-Za-z]:[\\/])\S*")
 _PATH = re.compile(r"(?<![\w:/.])(/[\w.@+~-]+){2,}/?")
 """Configs that differ in a path are noted with it."""
-_TEXTS = {".json", ".md", ".yaml", ".txt", ".jinja"}
+_CHECKED = re.compile(r".*\.(md|yaml|jinja)|\w*config\.json|report\.json|mixing_weights\.json")
+"""Where paths could be; a vocabulary may hold anything."""
 
 
 def push_to_hub(
@@ -81,27 +89,24 @@ def make_public(folder: Path, target: Path) -> None:
     names = public_names(weights.checkpoints, weights.revisions)
     private = {label: name for label, name in zip(weights.checkpoints, names, strict=True) if label != name}
     for path in folder.iterdir():
-        if path.is_file() and path.name not in _LEFT_OUT and not path.name.startswith("."):
+        if path.is_file() and _PUBLIC.fullmatch(path.name):
             _put(path, target / path.name, private)
     replace(weights, checkpoints=names).save(target)
     if (folder / "mixing_weights.png").is_file():
         plot_mixing_weights(replace(weights, checkpoints=names), target / "mixing_weights.png")
     if (folder / "recipe.yaml").is_file():
-        recipe = public_recipe(load_recipe(folder / "recipe.yaml"), names)
+        recipe = public_recipe(load_recipe(folder / "recipe.yaml"), names, data_on_hub=_had_data_on_hub(folder))
         (target / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     local = [label for label, name in private.items() if "@" not in name]
     _require_no_paths(target, folder, [label for label in local if "/" in label])
 
 
 def _put(path: Path, target: Path, private: Mapping[str, str]) -> None:
-    if path.name.startswith(("mixing_weights.", "recipe.yaml")):
-        return  # written anew
     if path.name == "report.json":
         about = _renamed(json.loads(path.read_text(encoding="utf-8")), private)
         target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    elif path.suffix == ".json" and path.name.endswith("config.json"):
-        about = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in about.items() if key not in _NAMES or _is_hub_name(value)}
+    elif path.name.endswith("config.json"):
+        kept = _without_paths(json.loads(path.read_text(encoding="utf-8")))
         target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     elif path.name == "report.md":
         target.write_text(_renamed(path.read_text(encoding="utf-8"), private), encoding="utf-8")
@@ -111,8 +116,23 @@ def _put(path: Path, target: Path, private: Mapping[str, str]) -> None:
         shutil.copyfile(path, target)
 
 
-def _is_hub_name(value: Any) -> bool:
-    return isinstance(value, str) and value.strip("/.~") == value and value.count("/") <= 1 and not Path(value).exists()
+def _without_paths(about: Any) -> Any:
+    """Return a config without the names of files and folders that it was made from, however nested."""
+    if isinstance(about, list):
+        return [_without_paths(value) for value in about]
+    if not isinstance(about, Mapping):
+        return about
+    return {
+        key: _without_paths(value)
+        for key, value in about.items()
+        if key not in _NAMES and not (isinstance(value, str) and _LOCAL.fullmatch(value))
+    }
+
+
+def _had_data_on_hub(folder: Path) -> bool:
+    """Whether the run found its data on the Hub; where nothing says so, their name stays private."""
+    report = folder / "report.json"
+    return report.is_file() and bool(json.loads(report.read_text(encoding="utf-8")).get("data_on_hub"))
 
 
 def _renamed(value: Any, private: Mapping[str, str]) -> Any:
@@ -128,10 +148,11 @@ def _renamed(value: Any, private: Mapping[str, str]) -> Any:
 def _require_no_paths(target: Path, folder: Path, labels: list[str]) -> None:
     places = {str(Path.home()), str(Path.cwd()), str(folder.resolve()), *labels} - {"/"}
     for path in sorted(target.iterdir()):
-        if path.suffix in _TEXTS:
+        if _CHECKED.fullmatch(path.name):
             text = path.read_text(encoding="utf-8", errors="replace")
             for place in sorted(places, key=len, reverse=True):
-                if place in text:
+                # one word after a slash, such as /app, may be anything; a path goes on
+                if (place if place.count("/") > 1 else place.rstrip("/") + "/") in text:
                     raise UserError(
                         f"push: {folder / path.name} names the local path {place!r}; take it out, or remove the file"
                     )

@@ -28,7 +28,7 @@ from twa_merge.league import Candidate, Folds, Scorer, Verdict
 from twa_merge.memory import OutOfMemory, drop_cached
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
-from twa_merge.plan import output_dtype
+from twa_merge.plan import output_dtype, require_equal_integers
 from twa_merge.publish import check_output
 from twa_merge.recipe import Recipe
 from twa_merge.sources import require_order
@@ -163,6 +163,7 @@ class Job:
         """Refuse what would fail only at the end."""
         if self.output is not None:
             check_output(self.output, self.soup, overwrite=self.overwrite)
+            require_equal_integers(self.soup)
         output_dtype(self.recipe.output.dtype)
         shard_bytes(self.recipe.output.max_shard_gb)
         if self.recipe.ordered:

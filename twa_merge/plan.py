@@ -12,6 +12,7 @@ from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.mixing import MixingWeights
 
+_COUNTER = "num_batches_tracked"
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,6 +54,17 @@ def plan(soup: Soup, weights: MixingWeights, dtype: torch.dtype | None = None) -
     planned = [_plan_tensor(soup, tensor, weights, lead, dtype) for tensor in soup.tensors]
     # The order of the safetensors library: wide dtypes first, so that every tensor is aligned.
     return sorted(planned, key=lambda item: (-item.dtype.itemsize, item.source.name))
+
+
+def require_equal_integers(soup: Soup) -> None:
+    """Raise if checkpoints differ in a tensor of whole numbers, BatchNorm's counters apart: they have no average."""
+    for tensor in soup.tensors:
+        if tensor.is_float or tensor.name.endswith(_COUNTER):
+            continue
+        first = soup.read(0, tensor.name)
+        for k, label in enumerate(soup.labels):
+            if not torch.equal(soup.read(k, tensor.name), first):
+                raise UserError(f"integer tensor {tensor.name!r} differs in {label}: integers have no average")
 
 
 def _require_same_checkpoints(soup: Soup, weights: MixingWeights) -> None:
@@ -106,8 +118,7 @@ def _plan_tensor(
     if not tensor.is_float:
         chosen = torch.zeros(len(soup), dtype=torch.float64)
         chosen[lead] = 1
-        counter = tensor.name.endswith("num_batches_tracked")
-        return PlannedTensor(tensor, own, chosen, None, must_be_equal=not counter)
+        return PlannedTensor(tensor, own, chosen, None, must_be_equal=not tensor.name.endswith(_COUNTER))
     if not weights.statistics and len(weights.groups) == 1:  # one row fits all: no need to know the module's names
         return PlannedTensor(tensor, dtype or own, weights.table[0], None, must_be_equal=False)
     names = soup.parameters_of(tensor.name)

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twa_merge.card import model_card
+from twa_merge.card import is_on_hub, model_card
 from twa_merge.checkpoints import Soup
 from twa_merge.evaluation import Evaluation, Scores, bootstrap_paired, paired_difference
 from twa_merge.league import Candidate, best_baseline
@@ -131,6 +131,7 @@ def write_report(folder: Path, result: Result, recipe: Recipe | None, soup: Soup
             {"label": s.label, "revision": s.revision, "fingerprint": soup.fingerprints[k]}
             for k, s in enumerate(soup.sources)
         ],
+        "data_on_hub": recipe is not None and is_on_hub(recipe.data.path),
         "notes": soup.notes,
         "versions": versions(),
     }
