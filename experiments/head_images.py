@@ -160,8 +160,9 @@ def fixed_merge(trainer: Trainer, parts: dict[str, Pictures], snapshots: list[Pa
 
     soup = twa.Soup(snapshots)
     load_merge(trainer.model, soup, twa.last_k(len(soup) - first, soup.labels))
-    chunks = parts["train as it is"].pixels.split(500)
-    buffers.recompute(trainer.model, chunks, lambda module, batch: module(batch))
+    torch.manual_seed(0)
+    pixels = torch.stack([row["pixel_values"] for row in parts["train"]])
+    buffers.recompute(trainer.model, pixels.split(500), lambda module, batch: module(batch))
     return scores(trainer.model, parts)
 
 

@@ -195,9 +195,7 @@ class Job:
 
         assert self.task is not None
         task = self.task
-        data = self.data
-        fit = sorted({i for part, _ in data.folds for i in part})
-        source = data.train if data.train is not None else Subset(data.held_out, fit)
+        source = self.data.statistics_of
         # shuffled: rows sorted by class would make batches of one class, and statistics without the others
         order = (
             np.random.default_rng(self.recipe.learn.seed)
@@ -211,7 +209,7 @@ class Job:
             self.model,
             self.soup,
             task,
-            data.held_out,
+            self.data.held_out,
             batch_size=self.recipe.eval_batch_size,
             accelerator=self.accelerator,
             statistics_batches=(lambda: loader) if buffers.has_batchnorm(self.model.module) else None,

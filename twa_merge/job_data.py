@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from twa_merge.data import open_split
 from twa_merge.errors import UserError
@@ -30,11 +31,20 @@ class JobData:
     """Scored once, at the end."""
     train: Any = None
     """Learned on in place of the fit parts (TWA-t)."""
+    statistics: Any = None
+    """BatchNorm's statistics are recomputed from these in place of what is learned on."""
     warning: str | None = None
 
     @property
     def learned_on(self) -> Any:
         return self.held_out if self.train is None else self.train
+
+    @property
+    def statistics_of(self) -> Any:
+        """What BatchNorm's statistics are recomputed from."""
+        if self.statistics is not None or self.train is not None:
+            return self.train if self.statistics is None else self.statistics
+        return Subset(self.held_out, sorted({i for fit, _ in self.folds for i in fit}))
 
 
 def open_job_data(
@@ -45,6 +55,7 @@ def open_job_data(
     Args:
         recipe: says where the data are, how many select, and the seed.
         given: `held_out`, `test` and `train` data that the caller has passed; None: from the recipe's path.
+            `statistics`: training data for BatchNorm's statistics alone; features.
         task: makes features of rows.
         holds_features: data that were passed are features already, unless they are a path.
         divide: into what is learned on and what selects; else all of the held-out data select.
@@ -69,7 +80,7 @@ def open_job_data(
     warning = None
     if "train" in rows and same_split(rows["held-out"], rows["train"]):
         warning = "the held-out rows are a part of the training split: scores are optimistic if checkpoints saw them"
-    return JobData(found["held-out"], folds, found.get("test"), found.get("train"), warning)
+    return JobData(found["held-out"], folds, found.get("test"), found.get("train"), given.get("statistics"), warning)
 
 
 def content_digest(data: Any, task: Task) -> str:

@@ -13,7 +13,7 @@ import torch
 from twa_merge import buffers, mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
-from twa_merge.evaluation import Evaluation, evaluate, paired_difference
+from twa_merge.evaluation import Evaluation, evaluate, fixed_random_numbers, paired_difference
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.tasks import Task, to_device
@@ -90,7 +90,7 @@ class Scorer:
         assert self.statistics_batches is not None
         device = self.accelerator.device
         batches = (to_device(batch, device) for batch in self.statistics_batches())
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), fixed_random_numbers():
             buffers.recompute(module, batches, self.task.forward)
         self.passes += 1
 
