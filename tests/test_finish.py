@@ -297,3 +297,14 @@ def test_whole_numbers_that_differ_are_refused_before_anything_is_learned(tmp_pa
     with pytest.raises(twa.UserError, match="'seen' differs"):
         twa.finish(trainer, steps=10**9, output=tmp_path / "out")
     twa.finish(trainer, steps=2)
+
+
+def test_statistics_are_those_of_training_data(tmp_path):
+    shifted = [row | {"x": row["x"] + 3} for row in rows(24, 0)]
+    given = {"model": Net(), "data": shifted, "eval_dataset": rows(40, 1), "compute_loss_func": squares}
+    trainer = trained(tmp_path, **given, remove_unused_columns=False, label_names=["labels"])
+    twa.finish(trainer, steps=2, recipe=Recipe(margin=-1e9))
+    body = trainer.model.body
+    with torch.no_grad():
+        expected = body[0](torch.stack([row["x"] for row in shifted])).mean(dim=0)
+    torch.testing.assert_close(body[1].running_mean, expected, rtol=1e-4, atol=1e-4)
