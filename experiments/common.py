@@ -21,7 +21,21 @@ def arguments(about: str | None, *, seeds: tuple[int, ...] = (0, 1, 2)) -> argpa
     return parser
 
 
-def for_each_seed(args: argparse.Namespace, name: str, run: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+Found = list[dict[str, Any]]
+
+
+def report(
+    args: argparse.Namespace, name: str, run: Callable[[int], dict[str, Any]], table: Callable[[Found], str]
+) -> Found:
+    """Run every seed, write and print the table, and return what was found."""
+    found = for_each_seed(args, name, run)
+    text = table(found)
+    (args.output / f"{name}.md").write_text(text + "\n")
+    print(text)
+    return found
+
+
+def for_each_seed(args: argparse.Namespace, name: str, run: Callable[[int], dict[str, Any]]) -> Found:
     """Return what every seed found; seeds in the JSON are not run again."""
     file = args.output / f"{name}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, YolosConfig, YolosForObjectDetection, set_seed
 
@@ -236,10 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)  # where the hook is imported from
     sys.path.insert(0, str(Path.cwd()))
-    found = for_each_seed(args, "detection", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / "detection.md").write_text(text + "\n")
-    print(text)
+    report(args, "detection", lambda seed: run(args, seed), table)
 
 
 if __name__ == "__main__":

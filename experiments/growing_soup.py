@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from trials import KINDS, Trial
 
 import twa_merge as twa
@@ -145,11 +145,8 @@ def main() -> None:
     parser.add_argument("kind", choices=("digits", "cifar10", "sst2"))
     parser.add_argument("--soups", type=Path, help="what experiments/soups/*.py made")
     args = parser.parse_args()
-    found = for_each_seed(args, f"growing-{args.kind}", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / f"growing-{args.kind}.md").write_text(text + "\n")
+    found = report(args, f"growing-{args.kind}", lambda seed: run(args, seed), table)
     plot(found, args.kind, args.output / f"growing-{args.kind}.png")
-    print(text)
 
 
 if __name__ == "__main__":

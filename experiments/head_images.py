@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from nets import Classifier
 from soups.resnet20 import load_pictures
 from torch import Tensor, nn
@@ -253,11 +253,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     args = parser.parse_args()
-    found = for_each_seed(args, args.net, lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / f"{args.net}.md").write_text(text + "\n")
+    found = report(args, args.net, lambda seed: run(args, seed), table)
     plot(found, args, args.output / f"{args.net}.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -244,10 +244,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     args = parser.parse_args()
-    found = for_each_seed(args, "translation", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / "translation.md").write_text(text + "\n")
-    print(text)
+    report(args, "translation", lambda seed: run(args, seed), table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from nets import vgg
 from safetensors.torch import save_file
 from soups.resnet20 import draw, fine_tune, load_pictures
@@ -128,11 +128,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--width", type=int, default=12)
     args = parser.parse_args()
-    found = for_each_seed(args, "held-out-size", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / "held-out-size.md").write_text(text + "\n")
+    found = report(args, "held-out-size", lambda seed: run(args, seed), table)
     plot(found, args.output / "held-out-size.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import twa_merge as twa
@@ -121,10 +121,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--twa-steps", type=int, default=20)
     args = parser.parse_args()
-    found = for_each_seed(args, "lm", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / "lm.md").write_text(text + "\n")
-    print(text)
+    report(args, "lm", lambda seed: run(args, seed), table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, for_each_seed, mean_sd, paired
+from common import arguments, mean_sd, paired, report
 from safetensors.torch import load_file, save_file
 
 import twa_merge as twa
@@ -142,10 +142,7 @@ def main() -> None:
     """Run all seeds and print the table."""
     parser = arguments(__doc__, seeds=(0, 1, 2, 3, 4, 5))
     args = parser.parse_args()
-    found = for_each_seed(args, "robustness", lambda seed: run(args, seed))
-    text = table(found)
-    (args.output / "robustness.md").write_text(text + "\n")
-    print(text)
+    report(args, "robustness", lambda seed: run(args, seed), table)
 
 
 if __name__ == "__main__":
