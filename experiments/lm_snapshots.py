@@ -92,8 +92,8 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     recipe = Recipe(eval_batch_size=8, data=DataConfig(min_select=args.held_out // 4))
     for name in args.candidates:
         result = twa.finish(
-            trainer, test_dataset=test, recipe=recipe, granularity=GRANULARITIES[name], batch_size=8, steps=args.twa_steps,
-            evaluations=5,
+            trainer, test_dataset=test, recipe=recipe, granularity=GRANULARITIES[name], batch_size=8,
+            steps=args.twa_steps, evaluations=5,
         )  # fmt: skip
         for candidate in result.league:
             label = name if candidate.learned else candidate.name
