@@ -50,7 +50,7 @@ def make_soup(folder: Path, x: torch.Tensor, y: torch.Tensor, width: int, seed: 
         member = make_net(width)
         member.load_state_dict(base.state_dict())
         choice = draw(generator)
-        fine_tune(member, x, y, choice | {"epochs": 2 * choice["epochs"]})
+        fine_tune(member, x, y, choice | {"lr": choice["lr"] / 2, "epochs": 2 * choice["epochs"]})
         paths.append(folder / f"member-{k}.safetensors")
         save_file(member.state_dict(), paths[-1])
     return paths
