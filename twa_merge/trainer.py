@@ -161,7 +161,8 @@ class TWATrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save the merged model and upload it, without local paths; return the repository's address."""
+        """Save the merged model, upload it without local paths, wait for that (`blocking` or not), and return its
+        address."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token or self.args.hub_token, private=private)
