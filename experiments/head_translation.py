@@ -37,6 +37,8 @@ from twa_merge.snapshot_stores import DiskStore
 
 DEVELOPMENT = 100
 """Seeds from here on never see the test set."""
+HEADS = {0.5: 0.1, 2 / 3: 0.03}
+"""Shares of the run whose snapshots are merged (paper, tables 2 and 3), and epochs of learning as a share of those."""
 
 Pairs = list[tuple[str, str]]
 
@@ -198,9 +200,9 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     found["full"] = scores()
     common = {"recipe": Recipe(margin=-1e9, eval_batch_size=100), "batch_size": args.batch_size, "lr": args.twa_lr}
     kinds: dict[str, dict[str, Any]] = {"TWA-t": {"learn_on": "train", "granularity": "model"}, "TWA-v": {}}
-    for share in args.heads:
+    for share, learning_share in HEADS.items():
         name, chosen = f"{share:.0%}", snapshots[: round(share * len(snapshots))]
-        learning = {"steps": round(args.share * share * steps), "evaluations": 8}
+        learning = {"steps": round(learning_share * share * steps), "evaluations": 8}
         for kind, options in kinds.items():
             start = time.perf_counter()
             twa.finish(trainer, chosen, **common, **learning, **options)
@@ -238,10 +240,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-3)
-    heads = {"nargs": "+", "default": [0.5, 0.6], "help": "shares of the run whose snapshots are merged"}
-    parser.add_argument("--heads", type=float, **heads)
     parser.add_argument("--pairs", type=int, default=6_000, help="of the 29,000 that train")
-    parser.add_argument("--share", type=float, default=0.1, help="epochs of learning, as a share of those merged")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     args = parser.parse_args()
     report(args, "translation", lambda seed: run(args, seed), table)
