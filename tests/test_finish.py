@@ -308,3 +308,19 @@ def test_statistics_are_those_of_training_data(tmp_path):
     with torch.no_grad():
         expected = body[0](torch.stack([row["x"] for row in shifted])).mean(dim=0)
     torch.testing.assert_close(body[1].running_mean, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given, expected", [({}, (4, 8)), ({"batch_size": 16}, (16, 1)), ({"accumulation": 2}, (4, 2))]
+)
+def test_passes_are_no_larger_than_the_trainers(tmp_path, given, expected, monkeypatch):
+    found = []
+
+    def note(self):
+        found.append((self.recipe.learn.batch_size, self.recipe.learn.accumulation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twa_merge.job.Job.run", note)
+    with pytest.raises(KeyboardInterrupt):
+        twa.finish(trained(tmp_path), **given)
+    assert found == [expected]

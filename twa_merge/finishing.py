@@ -90,7 +90,9 @@ def finish(
     splits, collate = _splits_of(trainer, module, learn_on)
     splits["test"] = test_dataset
     task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
-    recipe = _completed(recipe or _recipe_of(trainer, soup), trainer, output, learn_options)
+    if recipe is None:
+        recipe = _recipe_of(trainer, soup, learn_options.get("batch_size"))
+    recipe = _completed(recipe, trainer, output, learn_options)
     if task.name == "trainer":
         warn_unless_mean(task, module, splits["held_out"], trainer)
     with _restored_on_error(module):
@@ -132,11 +134,13 @@ def _completed(recipe: Recipe, trainer: Trainer, output: str | Path | None, lear
     return replace(recipe, device="cpu") if trainer.accelerator.device.type == "cpu" else recipe
 
 
-def _recipe_of(trainer: Trainer, soup: Soup) -> Recipe:
-    """Return the defaults, in passes no larger than the trainer's."""
+def _recipe_of(trainer: Trainer, soup: Soup, batch_size: int | None) -> Recipe:
+    """Return the defaults, in passes no larger than the trainer's unless the caller names a size."""
     recipe, args = Recipe(checkpoints=list(soup.labels)), trainer.args
-    batch = min(recipe.learn.batch_size, args.train_batch_size * trainer.accelerator.num_processes)
-    learn = replace(recipe.learn, batch_size=batch, accumulation=recipe.learn.batch_size // batch)
+    learn = recipe.learn
+    if batch_size is None:
+        batch = min(learn.batch_size, args.train_batch_size * trainer.accelerator.num_processes)
+        learn = replace(learn, batch_size=batch, accumulation=learn.batch_size // batch)
     return replace(recipe, learn=learn, eval_batch_size=min(recipe.eval_batch_size, args.eval_batch_size))
 
 
