@@ -224,7 +224,9 @@ def plot(found: list[dict[str, Any]], args: Any, path: Path) -> None:
         epochs = [row["epoch"] for row in seed["curve"]]
         axes.plot(epochs, [row["accuracy"] for row in seed["curve"]], color="0.75", lw=1)
     axes.plot([], [], color="0.75", label="each seed's run")
-    axes.axhline(np.mean([seed["full"]["accuracy"] for seed in found]), color="k", lw=1, ls="--", label="full run")
+    full = np.mean([seed["full"]["accuracy"] for seed in found])
+    axes.axhline(full, color="k", lw=1, ls="--", label="full run")
+    axes.set_ylim(full - 0.13, full + 0.03)
     for kind, marker in (("TWA-t", "o"), ("TWA-v", "s"), (f"SWA from epoch {args.every}", "^")):
         for share, learning_share in HEADS.items():
             name = f"{share:.0%}"
