@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 
 from twa_merge import mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.evaluation import Evaluation
-from twa_merge.league import Candidate, choose
+from twa_merge.league import Candidate, choose, last_counts
 from twa_merge.training import Learned, best_evaluation
 
 NAMES = ("a", "b", "c", "d")
@@ -63,3 +64,8 @@ def test_all_folds_share_one_step():
     assert best_evaluation([run(3, 1, 2), run(3, 2, 0)], [1, 1]) == 2
     assert best_evaluation([run(3, 1, 2), run(3, 2, 0)], [10, 1]) == 1
     assert best_evaluation([run(3, 1), run(3, 2, 0)], [1, 1]) == 1  # only steps that all have reached
+
+
+@pytest.mark.parametrize("n, expected", [(2, [1, 2]), (5, [1, 2, 3, 4, 5]), (20, [1, 2, 3, 4, 6, 8, 12, 16, 20])])
+def test_last_k_is_tried_at_steps_that_grow(n, expected):
+    assert last_counts(n) == expected

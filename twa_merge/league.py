@@ -139,7 +139,7 @@ def baselines(scorer: Scorer, checkpoints: tuple[str, ...], folds: Folds, *, ord
     if ordered:
 
         def choose_last(names: tuple[str, ...], score: Callable[[MixingWeights], float]) -> MixingWeights:
-            return min((mixing.last_k(k, names) for k in range(1, len(names) + 1)), key=score)
+            return min((mixing.last_k(k, names) for k in last_counts(len(names))), key=score)
 
         def choose_ema(names: tuple[str, ...], score: Callable[[MixingWeights], float]) -> MixingWeights:
             return min((mixing.ema(decay, names) for decay in (0.5, 0.7, 0.8, 0.9)), key=score)
@@ -151,6 +151,12 @@ def baselines(scorer: Scorer, checkpoints: tuple[str, ...], folds: Folds, *, ord
         whole = _selected("greedy (fit + select)", scorer, checkpoints, [(everything, folds[0][1])], greedy_soup)
         found.append(replace(whole, optimistic=True))
     return found
+
+
+def last_counts(n: int) -> list[int]:
+    """Return the k of last-k that are tried: 1, 2, 3, 4, 6, 8, 12, ... and all; those between differ little."""
+    halves = [2**power * odd for power in range(n.bit_length()) for odd in (2, 3)]
+    return sorted({1, n, *(k for k in halves if k < n)})
 
 
 def _selected(

@@ -73,7 +73,8 @@ class Recipe:
     learn: LearnConfig = field(default_factory=LearnConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     ordered: bool = False
-    """The checkpoints are snapshots of one run, in order: last-k (LAWA) and EMA join the baselines."""
+    """The checkpoints are snapshots of one run, in order: last-k (LAWA; k = 1, 2, 3, 4, 6, 8, 12, ...) and EMA join
+    the baselines."""
     margin: float = 1.0
     """Paired standard errors by which a learned merge must beat the best baseline to ship."""
     eval_batch_size: int = 64
