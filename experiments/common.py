@@ -35,6 +35,65 @@ def report(
     return found
 
 
+def against(reference: str, **columns: str) -> Callable[[Found], str]:
+    """Return what makes a Markdown table of all seeds: a row for each candidate, means over seeds.
+
+    Args:
+        reference: the candidate that others are compared with, paired, in the first column.
+        columns: key of a score -> heading.
+    """
+    first, *others = columns
+
+    def table(found: Found) -> str:
+        headings = [columns[first], f"against {reference}", *(columns[key] for key in others)]
+        rows = [f"| | {' | '.join(headings)} |", "|---|" + "--:|" * len(headings)]
+        known = [seed[reference][first] for seed in found]
+        for name in (name for name, value in found[0].items() if isinstance(value, dict)):
+            of = {key: [seed[name][key] for seed in found] for key in columns}
+            cells = [mean_sd(of[first]), paired(of[first], known), *(mean_sd(of[key]) for key in others)]
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(rows)
+
+    return table
+
+
+def less(found: Found, key: str, reference: str) -> dict[str, list[float]]:
+    """Return every candidate's score less that of the reference, for each seed."""
+    names = [name for name, value in found[0].items() if isinstance(value, dict) and name != reference]
+    return {name: [seed[name][key] - seed[reference][key] for seed in found] for name in names}
+
+
+def plot_differences(series: dict[str, dict[str, list[float]]], label: str, path: Path) -> None:
+    """Draw differences, means over seeds and their standard errors, one line for each name.
+
+    Args:
+        series: its name in the legend -> name of the line -> one value for each seed.
+        label: of the axis.
+        path: PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(next(iter(series.values())))
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(names)))
+    for k, (title, values) in enumerate(series.items()):
+        places = np.arange(len(names)) + 0.15 * (2 * k - len(series) + 1)
+        seeds = len(values[names[0]])
+        means = [np.mean(values[name]) for name in names]
+        errors = [np.std(values[name], ddof=1) / seeds**0.5 if seeds > 1 else 0.0 for name in names]
+        axes.errorbar(means, places, xerr=errors, fmt="o", ms=4, capsize=2, color=f"C{k}", label=title)
+    axes.axvline(0, color="0.5", lw=1, ls="--")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def for_each_seed(args: argparse.Namespace, name: str, run: Callable[[int], dict[str, Any]]) -> Found:
     """Return what every seed found; seeds in the JSON are not run again."""
     file = args.output / f"{name}.json"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_sd, paired, report
+from common import against, arguments, less, plot_differences, report
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, YolosConfig, YolosForObjectDetection, set_seed
 
@@ -219,16 +219,6 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return all seeds as Markdown."""
-    rows = ["| | test loss | against greedy | AP at half overlap |", "|---|--:|--:|--:|"]
-    greedy = [seed["greedy"]["loss"] for seed in found]
-    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
-        losses, precisions = ([seed[name][key] for seed in found] for key in ("loss", "AP50"))
-        rows.append(f"| {name} | {mean_sd(losses)} | {paired(losses, greedy)} | {mean_sd(precisions)} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     """Run all seeds and print the table."""
     parser = arguments(__doc__)
@@ -236,7 +226,10 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)  # where the hook is imported from
     sys.path.insert(0, str(Path.cwd()))
-    report(args, "detection", lambda seed: run(args, seed), table)
+    table = against("greedy", loss="test loss", AP50="AP at half overlap")
+    found = report(args, "detection", lambda seed: run(args, seed), table)
+    differences = {"": less(found, "loss", "greedy")}
+    plot_differences(differences, "test loss less that of the greedy soup", args.output / "detection.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_sd, paired, report
+from common import against, arguments, report
 from nets import Classifier
 from soups.resnet20 import load_pictures
 from torch import Tensor, nn
@@ -199,18 +199,6 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return the scores of all seeds as Markdown."""
-    rows = ["| | test accuracy | against the full run | test loss | gap |", "|---|--:|--:|--:|--:|"]
-    full = [seed["full"]["accuracy"] for seed in found]
-    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
-        of = [seed[name] for seed in found]
-        accuracy = [row["accuracy"] for row in of]
-        columns = (mean_sd(accuracy), paired(accuracy, full), *(mean_sd([r[k] for r in of]) for k in ("loss", "gap")))
-        rows.append(f"| {name} | {' | '.join(columns)} |")
-    return "\n".join(rows)
-
-
 def plot(found: list[dict[str, Any]], args: Any, path: Path) -> None:
     """Draw test accuracy over epochs, with what the merges reach (figure 5)."""
     import matplotlib
@@ -254,6 +242,7 @@ def main() -> None:
     parser.add_argument("--twa-lr", type=float, default=0.03)
     parser.add_argument("--components", type=int, default=5, help="principal components of the snapshots")
     args = parser.parse_args()
+    table = against("full", accuracy="test accuracy", loss="test loss", gap="gap")
     found = report(args, args.net, lambda seed: run(args, seed), table)
     plot(found, args, args.output / f"{args.net}.png")
 

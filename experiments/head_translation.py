@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_sd, paired, report
+from common import against, arguments, less, plot_differences, report
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -193,7 +193,7 @@ def run(args: Any, seed: int) -> dict[str, Any]:
             "BLEU": bleu(model, pairs["test"], tokenizer),
             "loss": loss_of(model, parts["test"], collate),
         }
-        return found | {"validation loss": loss_of(model, parts["held out"], collate)}
+        return found | {"validation_loss": loss_of(model, parts["held out"], collate)}
 
     found: dict[str, Any] = json.loads(done.read_text())
     snapshots = list(DiskStore(callback.folder).paths.values())
@@ -217,22 +217,6 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return the scores of all seeds as Markdown."""
-    rows = ["| | BLEU | against the full run | test loss | validation loss |", "|---|--:|--:|--:|--:|"]
-    full = [seed["full"]["BLEU"] for seed in found]
-    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
-        of = [seed[name] for seed in found]
-        scores = [row["BLEU"] for row in of]
-        columns = (
-            mean_sd(scores),
-            paired(scores, full),
-            *(mean_sd([r[k] for r in of]) for k in ("loss", "validation loss")),
-        )
-        rows.append(f"| {name} | {' | '.join(columns)} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     """Run all seeds and print the table."""
     parser = arguments(__doc__)
@@ -245,7 +229,11 @@ def main() -> None:
     parser.add_argument("--twa-lr", type=float, default=0.03)
     parser.add_argument("--components", type=int, default=5, help="principal components of the snapshots")
     args = parser.parse_args()
-    report(args, "translation", lambda seed: run(args, seed), table)
+    table = against("full", BLEU="BLEU", loss="test loss", validation_loss="validation loss")
+    found = report(args, "translation", lambda seed: run(args, seed), table)
+    plot_differences(
+        {"": less(found, "BLEU", "full")}, "BLEU less that of the full run", args.output / "translation.png"
+    )
 
 
 if __name__ == "__main__":

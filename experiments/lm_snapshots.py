@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_sd, paired, report
+from common import against, arguments, less, plot_differences, report
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import twa_merge as twa
@@ -97,19 +98,10 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         for candidate in result.league:
             label = name if candidate.learned else candidate.name
-            found.setdefault(label, {"loss": candidate.test.loss.value, "select": candidate.select.loss.value})
+            loss = candidate.test.loss.value
+            found.setdefault(label, {"loss": loss, "perplexity": math.exp(loss)})
     shutil.rmtree(folder, ignore_errors=True)
     return found
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    """Return all seeds as Markdown."""
-    rows = ["| | test loss | against greedy | test perplexity |", "|---|--:|--:|--:|"]
-    greedy = [seed["greedy"]["loss"] for seed in found]
-    for name in (name for name, value in found[0].items() if isinstance(value, dict)):
-        losses = [seed[name]["loss"] for seed in found]
-        rows.append(f"| {name} | {mean_sd(losses)} | {paired(losses, greedy)} | {mean_sd(list(np.exp(losses)))} |")
-    return "\n".join(rows)
 
 
 def main() -> None:
@@ -125,7 +117,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--twa-steps", type=int, default=20)
     args = parser.parse_args()
-    report(args, "lm", lambda seed: run(args, seed), table)
+    table = against("greedy", loss="test loss", perplexity="test perplexity")
+    found = report(args, "lm", lambda seed: run(args, seed), table)
+    differences = {"": less(found, "loss", "greedy")}
+    plot_differences(differences, "test loss less that of the greedy soup", args.output / "lm.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, mean_sd, paired, report
+from common import arguments, mean_sd, paired, plot_differences, report
 from safetensors.torch import load_file, save_file
 
 import twa_merge as twa
@@ -145,7 +145,13 @@ def main() -> None:
     """Run all seeds and print the table."""
     parser = arguments(__doc__, seeds=(0, 1, 2, 3))
     args = parser.parse_args()
-    report(args, "robustness", lambda seed: run(args, seed), table)
+    found = report(args, "robustness", lambda seed: run(args, seed), table)
+    cases = [name for name, value in found[0].items() if isinstance(value, dict)]
+    differences = {
+        kind: {name: [seed[name][kind] - seed[name]["greedy"] for seed in found] for name in cases}
+        for kind in ("learned", "ships")
+    }
+    plot_differences(differences, "test loss less that of the greedy soup", args.output / "robustness.png")
 
 
 if __name__ == "__main__":
