@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from twa_merge import mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.evaluation import Evaluation
-from twa_merge.league import Candidate, choose, last_counts
+from twa_merge.league import Candidate, choose, last_counts, warnings
 from twa_merge.training import Learned, best_evaluation
 
 NAMES = ("a", "b", "c", "d")
@@ -69,3 +72,11 @@ def test_all_folds_share_one_step():
 @pytest.mark.parametrize("n, expected", [(2, [1, 2]), (5, [1, 2, 3, 4, 5]), (20, [1, 2, 3, 4, 6, 8, 12, 16, 20])])
 def test_last_k_is_tried_at_steps_that_grow(n, expected):
     assert last_counts(n) == expected
+
+
+@pytest.mark.parametrize("ordered, advice", [(False, "may not share a base"), (True, "directions: pca, components: 5")])
+def test_checkpoints_far_apart_are_warned_of(ordered, advice):
+    soup, norms = SimpleNamespace(labels=("a", "b")), torch.ones(1, 2)
+    found = warnings(lambda weights: SimpleNamespace(ranking_loss=1.0), soup, norms, 1.0, ordered=ordered)
+    assert len(found) == 1 and advice in found[0]
+    assert not warnings(lambda weights: SimpleNamespace(ranking_loss=1.0), soup, norms, 2.0, ordered=ordered)

@@ -220,7 +220,9 @@ class Job:
         candidates = league.baselines(self.scorer, self.soup.labels, self.data.folds, ordered=self.recipe.ordered)
         basis = self.model.basis
         self.warnings = [self.data.warning] if self.data.warning is not None else []
-        self.warnings += league.warnings(self.scorer, self.soup, basis.norms, basis.centre_norm)
+        self.warnings += league.warnings(
+            self.scorer, self.soup, basis.norms, basis.centre_norm, ordered=self.recipe.ordered
+        )
         for warning in self.warnings if self.accelerator.is_main_process else ():
             print(f"warning: {warning}", file=sys.stderr)
         return candidates

@@ -220,15 +220,18 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
     )
 
 
-def warnings(scorer: Scorer, soup: Soup, norms: Any, centre_norm: float) -> list[str]:
-    """Return early warnings about a soup whose members may share no base."""
+def warnings(scorer: Scorer, soup: Soup, norms: Any, centre_norm: float, *, ordered: bool) -> list[str]:
+    """Return early warnings about a soup whose members may share no base, or of snapshots that are far apart."""
     labels = soup.labels
     found = []
     distance = float((norms.square().sum(dim=0)).sqrt().max())
     if distance > 0.7 * centre_norm:
+        far = f"as far from their average ({distance:.3g}) as it is from zero ({centre_norm:.3g})"
         found.append(
-            f"the checkpoints are as far from their average ({distance:.3g}) as it is from zero ({centre_norm:.3g}): "
-            "they may not share a base, and averages of such models are useless"
+            f"some snapshots are {far}: leave out the first ones, or learn along few principal components (directions: "
+            "pca, components: 5)"
+            if ordered
+            else f"the checkpoints are {far}: they may not share a base, and averages of such models are useless"
         )
     singles = [scorer(mixing.one_hot(k, labels)).ranking_loss for k in range(len(labels))]
     for label, loss in zip(labels, singles, strict=True):
