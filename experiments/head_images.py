@@ -214,15 +214,16 @@ def plot(found: list[dict[str, Any]], args: Any, path: Path) -> None:
     full = np.mean([seed["full"]["accuracy"] for seed in found])
     axes.axhline(full, color="k", lw=1, ls="--", label="full run")
     axes.set_ylim(full - 0.13, full + 0.03)
-    for kind, marker in (("TWA-t", "o"), ("TWA-v", "s"), (f"SWA from epoch {args.every}", "^")):
+    markers = {"TWA-t": "o", "TWA-v": "s", "SWA": "^", "SWA of the later half": "v"}
+    for k, (kind, marker) in enumerate(markers.items()):
         for share, learning_share in HEADS.items():
-            name = f"{share:.0%}"
-            values = [seed[f"{name}: {kind}"]["accuracy"] for seed in found]
+            count = round(args.epochs * share) // args.every
+            first = args.every * (count // 2 + 1 if kind.endswith("half") else 1)
+            name = f"{share:.0%}: {kind if 'TWA' in kind else f'SWA from epoch {first}'}"
+            values = [seed[name]["accuracy"] for seed in found]
             cost = args.epochs * share * (1 + learning_share if "TWA" in kind else 1)
             label = kind if share == min(HEADS) else None
-            axes.errorbar(
-                cost, np.mean(values), np.std(values), marker=marker, color=f"C{'os^'.index(marker)}", label=label
-            )
+            axes.errorbar(cost, np.mean(values), np.std(values), marker=marker, color=f"C{k}", label=label)
     axes.set(xlabel="epochs, learning included", ylabel="test accuracy", title=f"{args.net}, CIFAR-10 (JPEG)")
     axes.legend()
     figure.tight_layout()
