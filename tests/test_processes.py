@@ -118,6 +118,7 @@ def test_the_end_of_one_process_is_the_end_of_all_and_one_goes_on(text, tmp_path
     torch.testing.assert_close(table(out), table(folder / "alone"), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard, expected", [("none", 0), ("model", 2)])
 def test_where_one_process_cannot_score_all_go_on_or_end(text, tmp_path, shard, expected):
     _, command = text
@@ -143,6 +144,7 @@ def test_one_process_prints_and_writes_what_all_have_scored(text, tmp_path):
         assert done.stdout.count("merged ") == 1 and (out / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_texts_are_generated_by_a_model_that_is_spread(tmp_path):
     for member in factory.make_soup("t5", tmp_path / "soup"):
         factory.make_tokenizer(member)

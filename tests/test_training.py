@@ -444,6 +444,7 @@ def test_resume_notices_other_labels_and_another_loss(tmp_path):
     assert torch.equal(run(y, resume=True).weights.table, whole.weights.table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_resumes_to_the_same_table(soup_folder, tmp_path, how):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -58,6 +58,7 @@ def _end_processes() -> None:
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # gloo may abort a process whose peer goes away first
         torch.distributed.destroy_process_group()
 
 
