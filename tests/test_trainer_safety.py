@@ -172,7 +172,8 @@ def test_persistent_workers_evaluate_on_the_evaluation_data(nets, tmp_path):
 def test_coefficients_of_another_soup_are_not_resumed(members, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     make(members, tmp_path, **settings).train()
-    for checkpoints, options in ((members[::-1], {}), (members, {"coordinates": "normalized"})):
+    other = [{"coordinates": "normalized"}, {"granularity": "layer"}, {"directions": "pca", "components": 1}]
+    for checkpoints, options in [(members[::-1], {}), *((members, options) for options in other)]:
         with pytest.raises(twa.UserError, match="of other checkpoints, of another order"):
             make(checkpoints, tmp_path, **settings, **options).train(resume_from_checkpoint=True)
     make(members, tmp_path, **settings).train(resume_from_checkpoint=True)
