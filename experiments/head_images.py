@@ -7,8 +7,8 @@ quarters of the run. Its snapshots of a first part of the run are merged along t
 one row for the whole model, on the training data (TWA-t) or on most of the held-out pictures (TWA-v), or by fixed
 weights (SWA from several starts). Half of the run with a tenth of that for learning is the paper's table 2; two thirds
 with 3 % (60 + 2 of 90 epochs) its table 3, where a part of the snapshots are from after the first drop. Test pictures
-are scored at the end and choose nothing; settings were chosen on seeds from 100 on, which test on other pictures of the
-training file.
+are scored at the end. Seeds from 100 on are for development, and test on other pictures of the training file; how the
+settings came about: docs/method.md.
 """
 
 from __future__ import annotations

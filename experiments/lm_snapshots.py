@@ -5,8 +5,7 @@
 
 The model is fine-tuned by AdamW with a linear schedule; its snapshots, evenly over the run, are merged on blocks of the
 validation text (TWA-v, defaults), against the fixed merges. Perplexity is that of blocks of the test text, scored once.
-On two cores a seed takes half an hour with `--steps 40 --snapshots 5 --held-out 32 --test 32 --candidates "TWA by
-tensor"`.
+Smaller: `--steps 40 --snapshots 5 --held-out 32 --test 32 --candidates "TWA by tensor"`.
 """
 
 from __future__ import annotations
