@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.sources import SIDE_SUFFIXES
 
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _NOT_COPIED = {
     "trainer_state.json",
     "report.json",
@@ -96,6 +98,17 @@ def publish(output: Path, soup: Soup | None = None, *, overwrite: bool = False) 
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         remove_empty(made)
+
+
+def replace_model(folder: Path, made: Path) -> None:
+    """Move a complete model's files into a folder that may hold an earlier one: never an index with other shards."""
+    new = {path.name for path in made.iterdir()}
+    old = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
+    for name in sorted(old, key=lambda name: not name.endswith("index.json")):
+        if name.endswith("index.json") or name not in new:
+            (folder / name).unlink()
+    for name in sorted(new, key=lambda name: name.endswith("index.json")):
+        os.replace(made / name, folder / name)
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -23,11 +21,9 @@ from twa_merge.errors import UserError
 from twa_merge.hub import push_to_hub
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
-from twa_merge.publish import check_working_folder
+from twa_merge.publish import check_working_folder, replace_model
 from twa_merge.splits import split_indices
 from twa_merge.writer import write
-
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @dataclass
@@ -257,17 +253,6 @@ class TWATrainer(Trainer):
     def _output_dir(self) -> str:
         assert self.args.output_dir is not None
         return self.args.output_dir
-
-
-def replace_model(folder: Path, made: Path) -> None:
-    """Move a complete model's files into a folder that may hold an earlier one: never an index with other shards."""
-    new = {path.name for path in made.iterdir()}
-    old = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
-    for name in sorted(old, key=lambda name: not name.endswith("index.json")):
-        if name.endswith("index.json") or name not in new:
-            (folder / name).unlink()
-    for name in sorted(new, key=lambda name: name.endswith("index.json")):
-        os.replace(made / name, folder / name)
 
 
 def _merge_options(args: TrainingArguments) -> dict[str, Any]:
