@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from twa_merge.batch_scorer import BatchScorer
 from twa_merge.errors import UserError
 from twa_merge.memory import OutOfMemory
 from twa_merge.metrics import Metric, standard_error
+from twa_merge.random_numbers import fixed_random_numbers, seed_all
 from twa_merge.task_base import Task
 
 _RESAMPLES_AT_ONCE = 100
@@ -171,31 +171,11 @@ def bootstrap_paired(a: Evaluation, b: Evaluation, resamples: int = 2000, seed: 
     return float(low), float(high)
 
 
-@contextlib.contextmanager
-def fixed_random_numbers() -> Iterator[None]:
-    """Draw the same random numbers at every entry; afterwards Python's, NumPy's and torch's go on as before."""
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            _seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _seeded(loader: Any, numbers: list[int]) -> Iterator[Any]:
     """Yield batches, each drawn with random numbers of its own, whichever process draws it."""
     batches = iter(loader)
     for number in numbers:
-        _seed(number)
+        seed_all(number)
         yield next(batches)
 
 

@@ -13,9 +13,10 @@ import torch
 from twa_merge import buffers, mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
-from twa_merge.evaluation import Evaluation, evaluate, fixed_random_numbers, paired_difference
+from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
+from twa_merge.random_numbers import fixed_random_numbers
 from twa_merge.tasks import Task, to_device
 
 if TYPE_CHECKING:

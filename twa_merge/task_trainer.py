@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from twa_merge.errors import UserError
-from twa_merge.evaluation import evaluation_mode, fixed_random_numbers
+from twa_merge.evaluation import evaluation_mode
 from twa_merge.memory import say
 from twa_merge.metrics import get_metric
+from twa_merge.random_numbers import fixed_random_numbers
 from twa_merge.task_base import Batch, Task, require_rows, to_device, without_labels
 from twa_merge.task_classification import classification_task
 from twa_merge.task_custom import batch_size_of
