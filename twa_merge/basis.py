@@ -140,23 +140,17 @@ def build_basis(
     shares = sharding.shares_of(module)
     tensors = {name: _tensor_of(soup, name, parameter) for name, parameter in parameters.items()}
     numel = sum(window.numel for window in windows.values())
-    files = MappedFiles(owner=soup)
-    # compiled where they learn; beside a basis they only score now and then
-    kernels = kernels_for(len(soup), numel) if storage == "disk" else Kernels(compile=False)
-    originals = {name: OriginalBlock(tensors[name].entries, window, files, kernels) for name, window in windows.items()}
-    in_order(list(originals.values()))
+    originals = _originals(soup, tensors, windows, learns=storage == "disk")
     blocks: dict[str, Block] = dict(originals)
-    make = None
     if storage != "disk":
         make = block_maker(storage, len(soup), numel)
+        blocks = {name: make(window.numel) for name, window in windows.items()}
     row_of = {name: row for row, names in enumerate(groups.values()) for name in names}
     squares = torch.zeros(len(groups), len(soup) + 1, dtype=torch.float64)
     grams = torch.zeros(len(groups), len(soup), len(soup), dtype=torch.float64) if gram else None
     total = sum(entry.dtype.itemsize * windows[name].numel for name in windows for entry in tensors[name].entries)
     with _Reader(soup) as reader, _bar(total, progress) as bar:
         for name, window in windows.items():
-            if make is not None:
-                blocks[name] = make(window.numel)
             for first, rows in reader.tiles(tensors[name], window):
                 found, products = _put(blocks[name], first, rows, gram=gram)
                 _require_finite(found, soup, tensors[name].name, rows)
@@ -215,6 +209,18 @@ def _tensor_of(soup: Soup, name: str, parameter: nn.Parameter) -> SoupTensor:
         if entry.shape != tuple(parameter.shape):
             raise UserError(f"{label}: {name!r} has shape {list(entry.shape)}, the module {list(parameter.shape)}")
     return tensor
+
+
+def _originals(
+    soup: Soup, tensors: Mapping[str, SoupTensor], windows: Mapping[str, Window], *, learns: bool
+) -> dict[str, OriginalBlock]:
+    """Return the checkpoints' files as blocks; `learns`: steps will read them, not only scores."""
+    numel = sum(window.numel for window in windows.values())
+    kernels = kernels_for(len(soup), numel) if learns else Kernels(compile=False)
+    files = MappedFiles(owner=soup)
+    blocks = {name: OriginalBlock(tensors[name].entries, window, files, kernels) for name, window in windows.items()}
+    in_order(list(blocks.values()))
+    return blocks
 
 
 class _Reader:

@@ -68,17 +68,7 @@ def model_card(
         league: the table of all candidates, how to read it, and the verdict.
         recipe: that makes the merge again.
     """
-    from huggingface_hub import ModelCardData
-
     names = public_names(soup.labels, soup.revisions)
-    parents = list(dict.fromkeys(name.partition("@")[0] for name, r in zip(names, soup.revisions, strict=True) if r))
-    data = ModelCardData(
-        base_model=parents or None,
-        base_model_relation="merge" if parents else None,
-        library_name="transformers" if soup.folder is not None else None,
-        pipeline_tag=_PIPELINES.get(task or ""),
-        tags=["merge", "model-soup", "twa-merge"],
-    )
     rows = f"{len(weights.groups)} groups of parameters" if len(weights.groups) > 1 else "all parameters"
     body = [
         "# Merged model",
@@ -99,12 +89,21 @@ def model_card(
         "```",
     ]
     if recipe is not None:
-        body += [
-            "",
-            "learned by `twa-merge run recipe.yaml` with",
-            "",
-            "```yaml",
-            to_yaml(public_recipe(recipe, names, data_on_hub=is_on_hub(recipe.data.path))).strip(),
-            "```",
-        ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n"
+        public = public_recipe(recipe, names, data_on_hub=is_on_hub(recipe.data.path))
+        body += ["", "learned by `twa-merge run recipe.yaml` with", "", "```yaml", to_yaml(public).strip(), "```"]
+    return f"---\n{_front_matter(soup, names, task)}\n---\n\n" + "\n".join(body) + "\n"
+
+
+def _front_matter(soup: Soup, names: Sequence[str], task: str | None) -> str:
+    """Return what the Hub reads of a card, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    parents = list(dict.fromkeys(name.partition("@")[0] for name, r in zip(names, soup.revisions, strict=True) if r))
+    data = ModelCardData(
+        base_model=parents or None,
+        base_model_relation="merge" if parents else None,
+        library_name="transformers" if soup.folder is not None else None,
+        pipeline_tag=_PIPELINES.get(task or ""),
+        tags=["merge", "model-soup", "twa-merge"],
+    )
+    return str(data.to_yaml())

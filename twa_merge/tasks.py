@@ -126,27 +126,37 @@ def build_task(
         raise UserError(f"problem_type: has a meaning only for a classification, not for {name}")
     config = _load("AutoConfig", checkpoint)
     if name in ("text-classification", "image-classification"):
-        labels = LabelSpace.of(config, problem_type)
-        classes = len(labels.names) if labels.problem == SINGLE else None
-        chosen = _choose_metrics(labels.problem, metrics, classes)
-        if name == "image-classification":
-            processor = _load("AutoImageProcessor", checkpoint)
-            mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-            return image_classification(processor, labels, mode=mode, columns=columns, metrics=chosen)
-        tokenizer = load_tokenizer(checkpoint, config, needs_padding=True)
-        length = _max_tokens(tokenizer, config, max_length)
-        return text_classification(tokenizer, labels, max_length=length, columns=columns, metrics=chosen)
+        return _classification(name, checkpoint, config, columns, max_length, metrics, problem_type)
     chosen = _choose_metrics(name, metrics, None)
     tokenizer = load_tokenizer(checkpoint, config, needs_padding=name == "seq2seq")
-    length = (
-        max_length
-        if max_length is not None
-        else min(_DEFAULT_TOKENS, _max_tokens(tokenizer, config, None) or _DEFAULT_TOKENS)
-    )
+    length = max_length
+    if length is None:
+        length = min(_DEFAULT_TOKENS, _max_tokens(tokenizer, config, None) or _DEFAULT_TOKENS)
     _max_tokens(tokenizer, config, length)
     if name == "causal-lm":
         return causal_lm(tokenizer, block_size=length, columns=columns, metrics=chosen)
     return seq2seq(tokenizer, max_length=length, columns=columns, metrics=chosen, source_prefix=source_prefix)
+
+
+def _classification(
+    name: str,
+    checkpoint: Path,
+    config: Any,
+    columns: dict[str, str],
+    max_length: int | None,
+    metrics: Sequence[str] | None,
+    problem_type: str | None,
+) -> Task:
+    labels = LabelSpace.of(config, problem_type)
+    classes = len(labels.names) if labels.problem == SINGLE else None
+    chosen = _choose_metrics(labels.problem, metrics, classes)
+    if name == "image-classification":
+        processor = _load("AutoImageProcessor", checkpoint)
+        mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        return image_classification(processor, labels, mode=mode, columns=columns, metrics=chosen)
+    tokenizer = load_tokenizer(checkpoint, config, needs_padding=True)
+    length = _max_tokens(tokenizer, config, max_length)
+    return text_classification(tokenizer, labels, max_length=length, columns=columns, metrics=chosen)
 
 
 def load_module(task_name: str, checkpoint: Path, *, dtype: str = "float32", empty: bool = False) -> nn.Module:
