@@ -184,14 +184,20 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     found["full"] = scores(trainer.model, parts)
     steps_of_epoch = -(-TRAIN // args.batch_size)
     # along all deltas, or by tensor, what is learned fits the samples it is learned on: docs/method.md
-    few: dict[str, Any] = {"granularity": "model", "directions": "pca", "components": args.components}
+    few: dict[str, Any] = {"directions": "pca", "components": args.components}
+    # held-out data ask for less confidence; without a scale of the last layer they get it from blurred features
+    last = f"net.{len(trainer.model.net) - 1}.*"
+    rows: dict[str, dict[str, Any]] = {
+        "TWA-t": {"learn_on": "train", "granularity": "model"},
+        "TWA-v": {"learn_on": "validation", "granularity": [last, "*"], "linear": True},
+    }
     for share, learning_share in HEADS.items():
         name, epochs = f"{share:.0%}", round(args.epochs * share)
         chosen = snapshots[: epochs // args.every]
         steps = round(learning_share * epochs * steps_of_epoch)
         learning = {"steps": steps, "lr": args.twa_lr, "evaluations": 8}
-        for kind, learn_on in {"TWA-t": "train", "TWA-v": "validation"}.items():
-            found[f"{name}: {kind}"] = merged(args, trainer, parts, chosen, learn_on=learn_on, **learning, **few)
+        for kind, options in rows.items():
+            found[f"{name}: {kind}"] = merged(args, trainer, parts, chosen, **learning, **few, **options)
         found[f"{name}: last snapshot"] = found["curve"][len(chosen) - 1] | {"gap": float("nan")}
         for first in sorted({0, len(chosen) // 2, 3 * len(chosen) // 4}):
             start_epoch = args.every * (first + 1)
