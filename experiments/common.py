@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+DEVELOPMENT = 100
+"""Seeds from here on are for choosing settings, and never see test data."""
+
 
 def arguments(about: str | None, *, seeds: tuple[int, ...] = (0, 1, 2)) -> argparse.ArgumentParser:
     """Return a parser of --data, --output and --seeds."""

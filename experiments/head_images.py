@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import against, arguments, report
+from common import DEVELOPMENT, against, arguments, report
 from nets import Classifier
 from soups.resnet20 import load_pictures
 from torch import Tensor, nn
@@ -35,8 +35,6 @@ from twa_merge.snapshot_stores import DiskStore
 TRAIN, HELD_OUT, TEST = 5_000, 1_000, 5_000
 HEADS = {0.5: 0.1, 2 / 3: 0.03}
 """Shares of the run whose snapshots are merged, and epochs of learning as a share of those."""
-DEVELOPMENT = 100
-"""Seeds from here on never see the test pictures."""
 
 
 class Pictures(torch.utils.data.Dataset[dict[str, Any]]):

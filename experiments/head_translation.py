@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import against, arguments, less, plot_differences, report
+from common import DEVELOPMENT, against, arguments, less, plot_differences, report
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -36,8 +36,6 @@ from twa_merge.assembly import load_merge
 from twa_merge.recipe import Recipe
 from twa_merge.snapshot_stores import DiskStore
 
-DEVELOPMENT = 100
-"""Seeds from here on never see the test set."""
 HEADS = {0.5: 0.1, 2 / 3: 0.03}
 """Shares of the run whose snapshots are merged (paper, tables 2 and 3), and epochs of learning as a share of those."""
 
