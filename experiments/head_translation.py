@@ -5,9 +5,10 @@
 A small encoder-decoder Transformer (Marian's architecture) is trained from nothing on Multi30k, English to German, by
 Adam with a learning rate that is divided by ten at half and at three quarters of the run. Snapshots of a first part of
 the run, one an epoch, are merged, one row for the whole model, on the training data (TWA-t) or on the validation data
-(TWA-v, where the scale of the logits is free; also of the later half of them), or by fixed weights. Learning starts from their greedy soup, for the uniform one is far from all of them. BLEU
-is that of greedy decoding on the test set of 2016, scored at the end; it chooses nothing: settings were chosen on seeds
-from 100 on, which test on a thousand other pairs of the training file.
+(TWA-v, where the scale of the logits is free; also of the later half of them), or by fixed weights. Learning starts
+from their greedy soup, for the uniform one is far from all of them. BLEU is that of greedy decoding on the test set of
+2016, scored at the end; it chooses nothing: settings were chosen on seed 100, which tests on a thousand other pairs of
+the training file, as all seeds from there on do.
 """
 
 from __future__ import annotations
