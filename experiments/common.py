@@ -66,13 +66,16 @@ def less(found: Found, key: str, reference: str) -> dict[str, list[float]]:
     return {name: [seed[name][key] - seed[reference][key] for seed in found] for name in names}
 
 
-def plot_differences(series: dict[str, dict[str, list[float]]], label: str, path: Path) -> None:
+def plot_differences(
+    series: dict[str, dict[str, list[float]]], label: str, path: Path, *, linear_within: float | None = None
+) -> None:
     """Draw differences, means over seeds and their standard errors, one line for each name.
 
     Args:
         series: its name in the legend -> name of the line -> one value for each seed.
         label: of the axis.
         path: PNG.
+        linear_within: draw what is beyond this on a logarithmic scale.
     """
     import matplotlib
 
@@ -91,6 +94,8 @@ def plot_differences(series: dict[str, dict[str, list[float]]], label: str, path
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(label)
+    if linear_within is not None:
+        axes.set_xscale("symlog", linthresh=linear_within)
     if len(series) > 1:
         axes.legend(fontsize=8)
     figure.tight_layout()

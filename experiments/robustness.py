@@ -151,7 +151,8 @@ def main() -> None:
         kind: {name: [seed[name][kind] - seed[name]["greedy"] for seed in found] for name in cases}
         for kind in ("learned", "ships")
     }
-    plot_differences(differences, "test loss less that of the greedy soup", args.output / "robustness.png")
+    label, path = "test loss less that of the greedy soup", args.output / "robustness.png"
+    plot_differences(differences, label, path, linear_within=0.05)
 
 
 if __name__ == "__main__":
