@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +27,11 @@ def resnet(width: int) -> nn.Sequential:
     )
 
 
-def vgg(width: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    """Return a VGG-like net of four convolutions (Simonyan and Zisserman 2014), each with a normalisation."""
+def vgg(width: int) -> nn.Sequential:
+    """Return a VGG-like net of four convolutions (Simonyan and Zisserman 2014), each with BatchNorm."""
 
     def conv(channels_in: int, channels: int) -> list[nn.Module]:
-        return [nn.Conv2d(channels_in, channels, 3, 1, 1, bias=False), norm(channels), nn.ReLU()]
+        return [nn.Conv2d(channels_in, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
 
     return nn.Sequential(
         *conv(3, width),

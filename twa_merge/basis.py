@@ -214,7 +214,7 @@ def _tensor_of(soup: Soup, name: str, parameter: nn.Parameter) -> SoupTensor:
 def _originals(
     soup: Soup, tensors: Mapping[str, SoupTensor], windows: Mapping[str, Window], *, learns: bool
 ) -> dict[str, OriginalBlock]:
-    """Return the checkpoints' files as blocks; `learns`: steps will read them, not only scores."""
+    """Return the checkpoints' files as blocks; `learns`: steps will read them, not only scores now and then."""
     numel = sum(window.numel for window in windows.values())
     kernels = kernels_for(len(soup), numel) if learns else Kernels(compile=False)
     files = MappedFiles(owner=soup)
