@@ -23,14 +23,14 @@ from twa_merge.coordinates import needs_gram
 from twa_merge.errors import UserError
 from twa_merge.groups import group_parameters
 from twa_merge.kernels import Kernels
-from twa_merge.memory import free_memory
+from twa_merge.memory import free_in_every_process
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
 from twa_merge.originals import MappedFiles, OriginalBlock
 from twa_merge.recipe import Recipe
 from twa_merge.sharding import SHARDS
 from twa_merge.sources import SIDE_SUFFIXES
-from twa_merge.storage import choose_storage
+from twa_merge.storage import storage_for
 from twa_merge.tasks import Task, build_task, custom_task, guess_task, load_module
 from twa_merge.tensorfile import Window, read_tensor
 
@@ -118,28 +118,6 @@ def load_merge(module: nn.Module, soup: Soup, weights: MixingWeights) -> None:
         block.combine(weights.row(name), parameter)
     averaged = buffers.averaged(module, soup, weights.mean_N)
     buffers.load_buffers(module, averaged | dict(weights.statistics))
-
-
-def free_in_every_process(device: torch.device) -> int:
-    """Return the bytes that each process may take: the least of all; those on CPUs share what is free."""
-    free = torch.tensor(float(free_memory(device)), dtype=torch.float64, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
-        if device.type == "cpu":
-            free /= torch.distributed.get_world_size()
-    return int(free)
-
-
-def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]:
-    """Return the storage that `auto` means for a soup, and a line that says why.
-
-    Args:
-        soup: the checkpoints.
-        free: bytes of free memory for each process.
-        processes: that share a basis.
-    """
-    numel = sum(tensor.entries[0].numel for tensor in soup.tensors if tensor.is_float)
-    return choose_storage(len(soup), -(-numel // processes), free)
 
 
 @torch.no_grad()

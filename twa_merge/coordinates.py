@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -95,34 +96,42 @@ def coordinates_of(
             f"components: expected 1 to {n - 1} for {n} checkpoints, with directions pca; got {components} with "
             f"{directions}"
         )
+    relative = coordinates == "relative"
     if needs_gram(directions):
         if basis.gram is None:
             raise UserError(f"directions {directions}: need a basis that was built with its Gram matrix (gram=True)")
-        find: Callable[[Tensor], Tensor] = orthonormal
-        if directions == "pca":
-            find = lambda gram: principal(gram, components or n - 1)  # noqa: E731
-        gram_GNN = basis.gram[groups]
-        matrix = torch.stack([find(gram) for gram in gram_GNN]) if len(groups) else gram_GNN
-        length_G = norms_GN.square().mean(dim=1).sqrt() if coordinates == "relative" else torch.ones(len(groups))
-        length_G11 = length_G.double()[:, None, None]
-        inverse = gram_GNN @ matrix.transpose(1, 2) / length_G11
-        matrix = matrix * length_G11
+        find = orthonormal if directions == "orthogonal" else partial(principal, components=components or n - 1)
+        matrix, inverse = _of_gram(basis.gram[groups], find, relative=relative)
     else:
-        known = norms_GN > 0
-        unit = torch.ones_like(norms_GN) if coordinates == "relative" else norms_GN
-        inverse = torch.diag_embed(torch.where(known, unit, 0.0))
-        matrix = torch.diag_embed(torch.where(known, 1 / unit.clamp_min(1e-300), 0.0))
+        matrix, inverse = _of_deltas(norms_GN, relative=relative)
     # the deltas sum to zero: equal parts of all of them are nothing
     matrix = matrix - matrix.mean(dim=2, keepdim=True)
     inverse = inverse - inverse.mean(dim=1, keepdim=True)
     if centre:
-        length_G = (
-            torch.ones(len(groups)) if coordinates == "relative" else basis.centre_norms[groups].clamp_min(1e-300)
-        )
-        of_centre = (1 / length_G.double())[:, None, None].expand(-1, 1, n)
+        centre_norms_G = basis.centre_norms[groups].clamp_min(1e-300)
+        scale_G = torch.ones_like(centre_norms_G) if relative else 1 / centre_norms_G
+        of_centre = scale_G[:, None, None].expand(-1, 1, n)
         matrix = torch.cat([matrix, of_centre / n], dim=1)
         inverse = torch.cat([inverse, 1 / of_centre.transpose(1, 2)], dim=2)
     return Coordinates(matrix, inverse)
+
+
+def _of_deltas(norms_GN: Tensor, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Return (G', N, N) matrix and inverse of the deltas, as they are or of length one; zeros for a delta of zeros."""
+    unit = torch.ones_like(norms_GN) if relative else norms_GN
+    known = norms_GN > 0
+    scale = torch.where(known, 1 / unit.clamp_min(1e-300), 0.0)
+    return torch.diag_embed(scale), torch.diag_embed(torch.where(known, unit, 0.0))
+
+
+def _of_gram(gram_GNN: Tensor, find: Callable[[Tensor], Tensor], *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Return (G', R, N) matrix and (G', N, R) inverse of orthonormal directions; `find` makes their rows of a Gram."""
+    if not len(gram_GNN):
+        return gram_GNN, gram_GNN
+    matrix = torch.stack([find(gram) for gram in gram_GNN])
+    mean_square_G = gram_GNN.diagonal(dim1=1, dim2=2).mean(dim=1)
+    length_G11 = (mean_square_G.sqrt() if relative else torch.ones_like(mean_square_G))[:, None, None]
+    return matrix * length_G11, gram_GNN @ matrix.transpose(1, 2) / length_G11
 
 
 def orthonormal(gram_NN: Tensor) -> Tensor:

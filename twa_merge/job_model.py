@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twa_merge.assembly import config_folder, free_in_every_process, load_architecture, merged_model, storage_for
+from twa_merge.assembly import config_folder, load_architecture, merged_model
 from twa_merge.checkpoints import Soup
-from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
+from twa_merge.memory import OutOfMemory, drop_cached, free_in_every_process, is_out_of_memory, say
 from twa_merge.model import MergedModel
 from twa_merge.recipe import Recipe
-from twa_merge.storage import next_smaller
+from twa_merge.storage import next_smaller, storage_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

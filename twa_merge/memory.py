@@ -32,6 +32,16 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+def free_in_every_process(device: torch.device) -> int:
+    """Return the bytes that each process may take: the least of all; those on CPUs share what is free."""
+    free = torch.tensor(float(free_memory(device)), dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
+        if device.type == "cpu":
+            free /= torch.distributed.get_world_size()
+    return int(free)
+
+
 def _file_cache(statistics: Path) -> int:
     """Return the bytes of a control group that hold files, and are the system's to take back."""
     for line in statistics.read_text().splitlines():

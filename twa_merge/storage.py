@@ -6,10 +6,14 @@ Legend: N checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from twa_merge.blocks import Block, FloatBlock, TiledBlock
 from twa_merge.errors import UserError
 from twa_merge.kernels import Kernels
+
+if TYPE_CHECKING:
+    from twa_merge.checkpoints import Soup
 from twa_merge.quantize import BLOCK
 
 BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
@@ -70,6 +74,18 @@ def choose_storage(num_checkpoints: int, numel: int, free: int) -> tuple[str, st
         larger = STORAGES[STORAGES.index(chosen) - 1]
         line += f" ({larger} would take {sizes[larger] / 1e9:.2f} GB, more than half)"
     return chosen, line
+
+
+def storage_for(soup: Soup, free: int, *, processes: int = 1) -> tuple[str, str]:
+    """Return the storage that `auto` means for a soup, and a line that says why.
+
+    Args:
+        soup: the checkpoints.
+        free: bytes of free memory for each process.
+        processes: that share a basis.
+    """
+    numel = sum(tensor.entries[0].numel for tensor in soup.tensors if tensor.is_float)
+    return choose_storage(len(soup), -(-numel // processes), free)
 
 
 def next_smaller(storage: str) -> str | None:
