@@ -105,15 +105,20 @@ def plot_differences(
 def for_each_seed(args: argparse.Namespace, name: str, run: Callable[[int], dict[str, Any]]) -> Found:
     """Return what every seed found; seeds in the JSON are not run again."""
     file = args.output / f"{name}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def known() -> dict[str, Any]:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+
     for seed in args.seeds:
-        if str(seed) in found:
+        if str(seed) in known():
             continue
         start = time.perf_counter()
-        found[str(seed)] = run(seed) | {"seconds": time.perf_counter() - start}
+        found = run(seed) | {"seconds": time.perf_counter() - start}
         args.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
-    return [found[str(seed)] for seed in args.seeds]
+        # read anew: other seeds may run beside this one
+        file.write_text(json.dumps(known() | {str(seed): found}, indent=1) + "\n")
+    everything = known()
+    return [everything[str(seed)] for seed in args.seeds]
 
 
 def mean_sd(values: list[float]) -> str:

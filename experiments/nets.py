@@ -13,11 +13,12 @@ CLASSES = 10
 
 
 def resnet(width: int) -> nn.Sequential:
-    """Return a ResNet-8: three blocks of `width`, `2 width`, `4 width` channels."""
+    """Return a ResNet-8: three blocks of `width`, `2 width`, `4 width` channels, at 16, 8 and 4 pixels."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         Block(width, width, 1),
         Block(width, 2 * width, 2),
         Block(2 * width, 4 * width, 2),
@@ -47,6 +48,8 @@ def vgg(width: int) -> nn.Sequential:
 
 
 NETS = {"resnet": resnet, "vgg": vgg}
+WIDTHS = {"resnet": 32, "vgg": 24}
+"""Wide enough to fit a few thousand pictures, as the nets of the paper fit theirs."""
 
 
 class Classifier(nn.Module):

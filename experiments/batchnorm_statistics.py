@@ -1,6 +1,6 @@
 """From how many samples BatchNorm's statistics of a merge must be recomputed.
 
-    python experiments/statistics.py --data DATA --soups SOUPS
+    python experiments/batchnorm_statistics.py --data DATA --soups SOUPS
 
 The uniform soup of the ResNet-20s of `soups/resnet20_cifar10.py`: statistics from random pictures, loss on 1,000 of the
 test set.
