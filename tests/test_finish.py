@@ -1,10 +1,5 @@
 """From a Trainer's run to its merge: the snapshots' combination is in the trainer's model, whatever the model is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +8,7 @@ from transformers import default_data_collator
 
 import twa_merge as twa
 from tests import factory
-from tests.test_training import free_port
+from tests.processes import torchrun
 from tests.trainers import make_trainer, tokens
 from twa_merge.recipe import Recipe
 
@@ -130,6 +125,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 import twa_merge as twa
+from tests.processes import leave
 from tests.trainers import make_trainer
 trainer = make_trainer(sys.argv[1], callbacks=[twa.SnapshotCallback(3)], per_device_train_batch_size=2)
 trainer.train()
@@ -138,7 +134,8 @@ snapshots = [sys.argv[2] + "/_snapshots/snapshot-*"]
 result = twa.finish(trainer, snapshots, steps=5, granularity="layer", output=sys.argv[1] + "/merged")
 if trainer.is_world_process_zero():
     torch.save((result.league[-1].weights.table, trainer.model.state_dict()), sys.argv[1] + "/found.pt")
-torch.distributed.destroy_process_group()
+del trainer, result
+leave()
 """
 
 
@@ -146,10 +143,7 @@ def test_two_processes_finish_as_one_does(tmp_path):
     alone = trained(tmp_path / "one")
     result = twa.finish(alone, steps=5, granularity="layer")
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += [str(tmp_path / "driver.py"), str(tmp_path / "two"), str(tmp_path / "one")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = torchrun(tmp_path / "driver.py", tmp_path / "two", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "two/_snapshots").iterdir())) == 4  # one process has written
     table, state = torch.load(tmp_path / "two/found.pt")
@@ -164,22 +158,21 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import twa_merge as twa
+from tests.processes import leave
 from tests.trainers import make_trainer
 callback = twa.SnapshotCallback(3, storage="int8")
 trainer = make_trainer(sys.argv[1], callbacks=[callback], per_device_train_batch_size=2)
 trainer.train()
 learned = twa.finish(trainer, steps=2).league[-1].name
 Path(sys.argv[1], f"rank-{trainer.args.process_index}.txt").write_text(learned)  # lines of two processes may mix
-torch.distributed.destroy_process_group()
+del trainer, callback
+leave()
 """
 
 
 def test_snapshots_in_memory_reach_every_process(tmp_path):
     (tmp_path / "driver.py").write_text(IN_MEMORY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command += [str(tmp_path / "driver.py"), str(tmp_path / "run")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = torchrun(tmp_path / "driver.py", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert (tmp_path / f"run/rank-{rank}.txt").read_text() == "TWA by tensor"

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +16,13 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback, Tr
 import twa_merge as twa
 from tests import factory
 from tests.hub_server import hub
+from tests.processes import ROOT, torchrun
 from tests.trainers import tokens
 from twa_merge.batches import batch_indices
 from twa_merge.learn_config import LearnConfig
 from twa_merge.task_base import require_rows
 from twa_merge.task_classification import classification_task
 from twa_merge.task_labels import LabelSpace
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +198,7 @@ DRIVER = """
 import sys
 import torch
 torch.set_num_threads(1)
+from tests.processes import leave
 from tests.test_trainer import coefficients, trained
 import twa_merge as twa
 from pathlib import Path
@@ -209,21 +208,16 @@ trainer = trained(twa.Soup([folder / "soup" / f"member-{k}" for k in range(3)]),
 trainer.save_model(str(folder / "two/final"))
 if trainer.is_world_process_zero():
     torch.save(coefficients(trainer), folder / "two.pt")
-torch.distributed.destroy_process_group()
+del trainer
+leave()
 """
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
     members = factory.make_soup("bert", tmp_path / "soup", n=3, scale=0.2)
     whole = trained(twa.Soup(members), tmp_path / "one")
-    from tests.test_training import free_port
-
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(tmp_path / "driver.py"), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
-    )
+    done = torchrun(tmp_path / "driver.py", tmp_path)
     assert done.returncode == 0, done.stderr
     two = torch.load(tmp_path / "two.pt")
     assert coefficients(whole).abs().max() > 1e-3

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +17,13 @@ from torch.utils.data import TensorDataset
 
 import twa_merge as twa
 from tests import factory
+from tests.processes import ROOT, torchrun
 from twa_merge import training as twa_training
 from twa_merge.batches import batch_indices
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import DataConfig, Recipe
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -168,29 +166,10 @@ def test_trainer_resumes_and_saves_coefficients_alone(soup_folder, tmp_path):
     torch.testing.assert_close(again, whole.twa_coefficients.data, rtol=1e-5, atol=1e-7)
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def test_two_processes_learn_the_same_table_as_one(soup_folder, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        free_port(),
-        "-m",
-    ]
     one, two = (train_command(soup_folder, tmp_path / name, "--steps", "20") for name in ("one", "two"))
-    for command in (one, [*launch, *two[2:]]):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    alone = subprocess.run(one, capture_output=True, text=True, timeout=120)
+    for done in (alone, torchrun(*two[1:])):
         assert done.returncode == 0, done.stderr[-3000:]
     a, b = (learned_of(tmp_path / name) for name in ("one", "two"))
     assert (a - 1 / 3).abs().max() > 1e-3
@@ -202,23 +181,21 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from tests.processes import leave
 from tests.test_training import trained_by_trainer
 folder, out = map(Path, sys.argv[1:])
 model, _, _ = trained_by_trainer(folder, per_device_train_batch_size=4, output_dir=str(out.parent / "trainer"))
-if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+if torch.distributed.get_rank() == 0:
     save_file(model.state_dict(), out)
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+del model
+leave()
 """
 
 
 def test_trainer_on_two_processes_learns_what_one_does(soup_folder, tmp_path):
     one, _, _ = trained_by_trainer(soup_folder)
     (tmp_path / "run.py").write_text(TRAINER)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command = [*launch, str(tmp_path / "run.py"), str(soup_folder), str(tmp_path / "two.safetensors")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = torchrun(tmp_path / "run.py", soup_folder, tmp_path / "two.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     two = load_file(tmp_path / "two.safetensors")["twa_coefficients"]
     torch.testing.assert_close(two, one.twa_coefficients.data, rtol=1e-4, atol=1e-7)

@@ -172,6 +172,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """Return the Accelerator of a recipe's device and precision."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    if torch.distributed.is_available():
+        # before there is a process group: functions of it take the one of their import for a default, and a group that
+        # is held beyond its end keeps threads of gloo's, which now and then abort the exit of Python
+        from torch.distributed import fsdp  # noqa: F401
     if recipe.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
