@@ -179,7 +179,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
     axes.set(xlabel="held-out samples", ylabel="test loss less greedy's, ± standard error")
-    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.7))
+    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.61))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
