@@ -1,12 +1,12 @@
 """Print the tables of docs/results.md from the JSON files of compare.py.
 
-python experiments/table.py results/digits.json results/sst2.json ...
+    python experiments/table.py results/digits.json results/sst2.json ...
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def shipped(trials: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        found = json.loads(Path(argument).read_text(encoding="utf-8"))["trials"]
-        print(f"## {Path(argument).stem}: {len(found)} trials\n\n{table(found)}\n\n{shipped(found)}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    for path in parser.parse_args().results:
+        found = json.loads(path.read_text(encoding="utf-8"))["trials"]
+        print(f"## {path.stem}: {len(found)} trials\n\n{table(found)}\n\n{shipped(found)}\n")
