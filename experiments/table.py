@@ -1,6 +1,6 @@
 """Print the tables of docs/results.md from the JSON files of compare.py.
 
-    python experiments/table.py results/digits.json results/sst2.json ...
+python experiments/table.py results/digits.json results/sst2.json ...
 """
 
 from __future__ import annotations
