@@ -319,6 +319,60 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(tokens(24))
 
 
+@pytest.mark.parametrize("given, expected", [({"every_n_steps": 3}, [3, 6, 9, 12]), ({"every_n_epochs": 1}, [6, 12])])
+def test_a_run_cut_off_between_a_save_and_its_snapshot_keeps_that_one(tmp_path, given, expected):
+    callback, settings = twa.SnapshotCallback(**given), {"save_strategy": "steps", "save_steps": 6}
+    make_trainer(tmp_path, callbacks=[callback], **settings).train()
+    for step in callback.store.steps:
+        if step >= 6:
+            callback.store.remove(step)
+    again = twa.SnapshotCallback(**given)
+    make_trainer(tmp_path, callbacks=[again], **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert steps(again) == expected
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "_snapshots/snapshot-6").state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6").state_dict().items():
+        assert torch.equal(kept[name], value)
+
+
+def test_snapshots_in_memory_may_come_after_the_first_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+
+    def callback():
+        return twa.SnapshotCallback(every_n_steps=6, storage="int8")
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[callback(), Watch(upto=5)], **settings).train()
+    again = callback()
+    make_trainer(tmp_path, callbacks=[again], **settings).train(resume_from_checkpoint=True)
+    assert again.store.steps == [6, 12]
+
+
+def test_a_model_in_memory_is_of_its_own_class_not_of_the_one_it_was_loaded_from(tmp_path):
+    model = factory.make_model("bert")
+    model.config.architectures = ["BertForMaskedLM"]
+    data = [row | {"labels": row["labels"][0] % 2} for row in tokens()]
+    callback = twa.SnapshotCallback(every_n_steps=6, storage="int8")
+    make_trainer(tmp_path, model=model, data=data, eval_dataset=data, callbacks=[callback]).train()
+    assert type(twa.merged_model(callback.soup()).module) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_processes_share_is_refused_however_it_was_launched(tmp_path, kind, monkeypatch):
+    """What `accelerate launch` is told is in the environment, not in the arguments."""
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(twa.UserError, match="no process has the whole model"):
+        twa.SnapshotCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_coefficients_are_no_snapshots(tmp_path):
+    members = factory.make_soup("gpt2", tmp_path, n=2)
+    args = twa.TWAConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    trainer = twa.TWATrainer(members, args, train_dataset=tokens(), callbacks=[twa.SnapshotCallback()])
+    with pytest.raises(twa.UserError, match="coefficients of a merge"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     "data, every, max_steps, expected",
     [(Stream(), 2, 24, [12, 24]), (Stream(), 3, 24, [18]), (Stream(), 1, 6, [6]), (None, 2, 2, []), (None, 1, 9, [6])],

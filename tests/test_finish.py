@@ -107,9 +107,23 @@ def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
     trainer = trained(tmp_path, save_strategy="epoch")
     named = twa.finish(trainer, [str(tmp_path / "checkpoint-*")], steps=2)
     assert named.weights.num_checkpoints == 2
+    assert twa.finish(trainer, str(tmp_path / "checkpoint-*"), steps=2).weights.num_checkpoints == 2
+    with pytest.raises(twa.UserError, match=r"finish: unknown key learning_rate; known: .*lr"):
+        twa.finish(trainer, learning_rate=0.1)
+    with pytest.raises(twa.UserError, match="finish: lr: expected float, got 'x'"):
+        twa.finish(trainer, lr="x")
     trainer.eval_dataset = None
     with pytest.raises(twa.UserError, match="one eval_dataset, got none"):
         twa.finish(trainer)
+
+
+def test_a_new_process_finds_the_snapshots_of_a_run(tmp_path, capsys):
+    trained(tmp_path)
+    later = make_trainer(tmp_path, callbacks=[twa.SnapshotCallback(3)])
+    assert twa.finish(later, steps=2, output=tmp_path / "merged").weights.num_checkpoints == 4
+    assert "push it with twa.push_to_hub" in capsys.readouterr().err
+    twa.finish(later, steps=2, output=tmp_path / "_merged")
+    assert "push it" not in capsys.readouterr().err
 
 
 def test_without_held_out_data_training_data_decide_and_it_is_said(tmp_path, capsys):
@@ -152,8 +166,8 @@ def test_two_processes_finish_as_one_does(tmp_path):
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)
 
 
-IN_MEMORY = """
-import sys
+SNAPSHOTS = """
+import shutil, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -164,19 +178,36 @@ callback = twa.SnapshotCallback(3, storage="int8")
 trainer = make_trainer(sys.argv[1], callbacks=[callback], per_device_train_batch_size=2)
 trainer.train()
 learned = twa.finish(trainer, steps=2).league[-1].name
+
+from twa_merge.snapshot_stores import DiskStore
+add = DiskStore.add
+def slow(*arguments):
+    time.sleep(1)
+    add(*arguments)
+DiskStore.add = slow
+trainer = make_trainer(sys.argv[1], callbacks=[twa.SnapshotCallback(6)], per_device_train_batch_size=2)
+trainer.train()
+assert twa.finish(trainer, steps=2).weights.num_checkpoints == 2
+here = Path(sys.argv[1], f"rank-{trainer.args.process_index}")
+shutil.copytree(Path(sys.argv[1], "_snapshots/snapshot-6"), here / "a")
+try:
+    twa.finish(trainer, [here / "a"], steps=2)
+except twa.UserError as error:
+    learned += f"; {error}"
 Path(sys.argv[1], f"rank-{trainer.args.process_index}.txt").write_text(learned)  # lines of two processes may mix
 del trainer, callback
 leave()
 """
 
 
-def test_snapshots_in_memory_reach_every_process(tmp_path):
-    (tmp_path / "driver.py").write_text(IN_MEMORY)
+def test_snapshots_reach_every_process(tmp_path):
+    """Those in memory; those on disk, though the last is still being written; and others are not taken for them."""
+    (tmp_path / "driver.py").write_text(SNAPSHOTS)
     done = torchrun(tmp_path / "driver.py", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert (tmp_path / f"run/rank-{rank}.txt").read_text() == "TWA by tensor"
-    assert not (tmp_path / "run/_snapshots").exists()
+        learned, _, error = (tmp_path / f"run/rank-{rank}.txt").read_text().partition("; ")
+        assert learned == "TWA by tensor" and "processes see different snapshots" in error
 
 
 @pytest.mark.parametrize("error", [{"lr": 1e30}, {"margin": None}])

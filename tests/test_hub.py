@@ -210,7 +210,12 @@ def test_only_the_model_and_its_reports_are_public(tmp_path):
     expected = {path.name for path in folder.iterdir()}
     config = json.loads((folder / "config.json").read_text())
     inner = {"_name_or_path": "/data/someone/base", "files": [{"vocab_file": "/data/someone/v.txt"}], "size": 3}
-    (folder / "config.json").write_text(json.dumps(config | {"encoder": inner, "_name_or_path": "runs/secret"}))
+    inner |= {"datasets": ["/data/someone/x.csv", "imdb"], "cache": "~/cache", "drive": r"C:\\runs"}
+    # what begins like a path and is the model's own
+    words = {"id2label": {"0": "/Sports", "1": "/m/09x0r", "2": "~unknown"}, "extra_special_tokens": {"t": "/think"}}
+    words |= {"label2id": {"/m/09x0r": 1}, "eos_token": "/s", "act": "/relu"}
+    private = {"encoder": inner, "_name_or_path": "runs/secret"}
+    (folder / "config.json").write_text(json.dumps(config | private | words))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/root": 1, str(Path.home()): 2}}}))
     for name in ("train.log", "customers.csv", "notes.txt", "rng_state.pth", "training_args.bin", "mine.json"):
         (folder / name).write_text("secret")
@@ -218,7 +223,7 @@ def test_only_the_model_and_its_reports_are_public(tmp_path):
     make_public(folder, public)
     assert {path.name for path in public.iterdir()} == expected | {"tokenizer.json"}
     found = json.loads((public / "config.json").read_text())
-    assert found == config | {"encoder": {"files": [{}], "size": 3}}
+    assert found == config | {"encoder": {"files": [{}], "size": 3, "datasets": ["imdb"]}} | words
 
 
 def test_local_data_stay_private_wherever_the_push_is_made_from(finished, tmp_path, monkeypatch):

@@ -83,14 +83,15 @@ def test_a_folder_named_like_a_checkpoint_gets_a_model_when_the_user_asks(member
     assert len(factory.read_tensors(tmp_path / "out/checkpoint-3")) == 1
 
 
-def test_accumulation_weighs_tokens_not_passes(members, tmp_path):
+@pytest.mark.parametrize("regularization", [0.0, 0.5])
+def test_accumulation_weighs_tokens_not_passes(members, tmp_path, regularization):
     data = tokens(48, length=16)
     for row in data[1::2]:
         row["labels"] = row["labels"].clone()
         row["labels"][2:] = -100
 
     def coefficients(batch, accumulation):
-        settings = {"optim": "sgd", "learning_rate": 1.0, "granularity": "layer", "regularization": 0.0}
+        settings = {"optim": "sgd", "learning_rate": 1.0, "granularity": "layer", "regularization": regularization}
         trainer = make(
             members,
             tmp_path,

@@ -14,6 +14,8 @@ from transformers.trainer_utils import has_length
 from twa_merge.adapters import check_adapters, is_adapted
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
+from twa_merge.model import MergedModel
+from twa_merge.sharding import is_dtensor
 from twa_merge.snapshot_stores import DiskStore, MemoryStore, Store
 from twa_merge.snapshots import SnapshotTaker
 
@@ -71,7 +73,6 @@ class SnapshotCallback(TrainerCallback):
             raise UserError(f"snapshots: a folder has no meaning with storage {storage}")
         self.folder = None if folder is None else Path(folder)
         self.store: Store | None = None if storage == "disk" else MemoryStore(storage)
-        self._on_disk = storage == "disk"
         self._taker: SnapshotTaker | None = None
         self._awaited: int | None = None
         self._runs = False
@@ -100,21 +101,22 @@ class SnapshotCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        if _is_shared(args, kwargs["model"]):
             raise UserError(
-                "snapshots: with FSDP or DeepSpeed no process has the whole model; merge Trainer's own checkpoints "
-                "instead (save_steps, then checkpoint-*)"
+                "snapshots: with FSDP, DeepSpeed or tensor parallelism no process has the whole model; merge Trainer's "
+                "own checkpoints instead (save_steps, then checkpoint-*)"
             )
+        if isinstance(_unwrapped(kwargs["model"]), MergedModel):
+            raise UserError("snapshots: what a TWATrainer trains are coefficients of a merge, not a model's weights")
         if state.is_hyper_param_search:
             raise UserError("snapshots: not in a hyperparameter search; take them when the best trial is trained again")
         check_adapters(_unwrapped(kwargs["model"]))
-        assert args.output_dir is not None
         self._wait()  # for what an interrupted run has left in the background
-        if self._on_disk or self.store is None:  # of each run in its own folder
-            self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
+        self.store = self.store_of(args)
         if not state.is_world_process_zero:
             return
         if state.global_step > 0 and not self.store.steps:
+            assert args.output_dir is not None
             self.store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if isinstance(self.store, MemoryStore):
                 self.store.describe(_unwrapped(kwargs["model"]), kwargs.get("processing_class"))
@@ -137,25 +139,46 @@ class SnapshotCallback(TrainerCallback):
             self.store.remove(step)
         self._taker = SnapshotTaker(self.store)
         self._awaited, self._runs = None, True
+        if state.global_step > 0 and state.global_step not in self.store.steps and self._is_due(state, kwargs):
+            self._link_checkpoint(args, state, _unwrapped(kwargs["model"]))
+
+    def store_of(self, args: TrainingArguments) -> Store:
+        """Return where the snapshots of a run are kept: each run's in its own folder."""
+        if isinstance(self.store, MemoryStore):
+            return self.store
+        assert args.output_dir is not None
+        self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
+        return self.store
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
+        if self.every_n_steps is not None and self._is_due(state, kwargs):
             self._take(args, state, control, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every_n_epochs is None:
-            return
+        if self.every_n_epochs is not None and self._is_due(state, kwargs):
+            self._take(args, state, control, **kwargs)
+
+    def _is_due(self, state: TrainerState, given: dict[str, Any]) -> bool:
+        """Whether there is a snapshot of the present step, or of the epoch that ends with it."""
+        if self.every_n_steps is not None:
+            return state.global_step % self.every_n_steps == 0
+        assert self.every_n_epochs is not None
         epoch = state.epoch or 0.0
-        if has_length(kwargs["train_dataloader"]):
+        if has_length(given["train_dataloader"]):
             done = round(epoch)
             if not math.isclose(epoch, done, abs_tol=1e-6):
-                return  # the run was cut off
+                return False  # the run was cut off
         else:  # Trainer takes all steps for one epoch
             done = math.ceil(epoch - 1e-6)
-        if done % self.every_n_epochs == 0:
-            self._take(args, state, control, **kwargs)
+        return done % self.every_n_epochs == 0
+
+    def _link_checkpoint(self, args: TrainingArguments, state: TrainerState, module: nn.Module) -> None:
+        """Keep the checkpoint that a run resumes from, if it was cut off between Trainer's save and `on_save`."""
+        checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if isinstance(self.store, DiskStore) and not is_adapted(module) and checkpoint.is_dir():
+            self.store.link(state.global_step, checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._taker is None:
@@ -201,6 +224,15 @@ class SnapshotCallback(TrainerCallback):
             self._taker.wait()
             for step in self._taker.store.steps[: -self.last]:
                 self._taker.store.remove(step)
+
+
+def _is_shared(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether processes hold parts of a model, whoever has asked for that: the arguments, or `accelerate launch`."""
+    from accelerate.utils import parse_flag_from_env
+
+    asked = bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None))
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+    return asked or launched or any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ class Soup:
         UserError: the checkpoints cannot be merged; the message names checkpoint, tensor or key, and both values.
     """
 
-    def __init__(self, checkpoints: Sequence[str | Path | Source], *, allow_pickle: bool = False) -> None:
+    def __init__(self, checkpoints: str | Path | Sequence[str | Path | Source], *, allow_pickle: bool = False) -> None:
         self.sources = find_sources(checkpoints, allow_pickle=allow_pickle)
         if not self.sources:
             raise UserError("no checkpoint given")

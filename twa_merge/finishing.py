@@ -21,7 +21,7 @@ from twa_merge.errors import UserError
 from twa_merge.job import Job, Result
 from twa_merge.memory import say
 from twa_merge.model import MergedModel
-from twa_merge.recipe import Recipe
+from twa_merge.recipe import Recipe, with_options
 from twa_merge.snapshot_stores import MemoryStore
 from twa_merge.splits import split_indices
 from twa_merge.task_base import Batch, Task, require_rows
@@ -36,7 +36,7 @@ Collate = Callable[[list[Any]], Batch]
 
 def finish(
     trainer: Trainer,
-    snapshots: Sequence[str | Path] | None = None,
+    snapshots: str | Path | Sequence[str | Path] | None = None,
     *,
     learn_on: str = "validation",
     test_dataset: Any = None,
@@ -86,13 +86,16 @@ def finish(
     adapted = is_adapted(module)
     if adapted:
         module = without_adapters(module)
-    soup = _soup_of(trainer, module) if snapshots is None else Soup(list(snapshots))
+    trainer.accelerator.wait_for_everyone()  # the main process may still be writing the last snapshot
+    soup = _soup_of(trainer, module) if snapshots is None else Soup(snapshots)
+    _require_same(trainer, soup)
     splits, collate = _splits_of(trainer, module, learn_on)
     splits["test"] = test_dataset
     task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
     if recipe is None:
         recipe = _recipe_of(trainer, soup, learn_options.get("batch_size"))
     recipe = _completed(recipe, trainer, output, learn_options)
+    _warn_if_pushed(trainer, output)
     if task.name == "trainer":
         warn_unless_mean(task, module, splits["held_out"], trainer)
     with _restored_on_error(module):
@@ -128,7 +131,7 @@ def _completed(recipe: Recipe, trainer: Trainer, output: str | Path | None, lear
     options: dict[str, Any] = {"seed": trainer.args.seed} | learn_options
     if "mixed_precision" not in options:
         options["mixed_precision"] = _mixed_precision(trainer)
-    recipe = replace(recipe, ordered=True, learn=replace(recipe.learn, **options))
+    recipe = replace(recipe, ordered=True, learn=with_options(recipe.learn, options, "finish"))
     if output is not None:
         recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
     return replace(recipe, device="cpu") if trainer.accelerator.device.type == "cpu" else recipe
@@ -158,17 +161,45 @@ def _restored_on_error(module: nn.Module) -> Iterator[None]:
 
 
 def _soup_of(trainer: Trainer, module: nn.Module) -> Soup:
-    callbacks = trainer.callback_handler.callbacks
-    found = [c for c in callbacks if isinstance(c, SnapshotCallback) and c.store is not None]
-    for callback in found:
-        if isinstance(callback.store, MemoryStore) and trainer.accelerator.num_processes > 1:
-            _spread(callback.store, trainer, module)
-        if callback.store is not None and callback.store.steps:
+    for callback in trainer.callback_handler.callbacks:
+        if not isinstance(callback, SnapshotCallback):
+            continue
+        store = callback.store_of(trainer.args)
+        if isinstance(store, MemoryStore) and trainer.accelerator.num_processes > 1:
+            _spread(store, trainer, module)
+        if store.steps:
             return callback.soup()
     raise UserError(
         "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
         "checkpoints ('runs/checkpoint-*')"
     )
+
+
+def _require_same(trainer: Any, soup: Soup) -> None:
+    """Raise if processes see different snapshots: each would wait for the others to score what they do not have."""
+    if trainer.accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    seen = gather_object([soup.labels])
+    if any(labels != seen[0] for labels in seen):
+        counts = ", ".join(str(len(labels)) for labels in seen)
+        raise UserError(
+            f"finish: the processes see different snapshots ({counts} of them); keep them where all processes can read"
+        )
+
+
+def _warn_if_pushed(trainer: Trainer, output: str | Path | None) -> None:
+    """Say so if Trainer's own `push_to_hub` would upload the report, in which local paths are."""
+    if output is None or trainer.args.output_dir is None:
+        return
+    place, root = Path(output).resolve(), Path(trainer.args.output_dir).resolve()
+    if root in place.parents and not any(part.startswith("_") for part in place.relative_to(root).parts):
+        say(
+            f"warning: {output} is inside the trainer's output_dir: trainer.push_to_hub() would upload it as it is, "
+            "local paths included; push it with twa.push_to_hub, or write it elsewhere",
+            main_process=trainer.is_world_process_zero(),
+        )
 
 
 def _spread(store: MemoryStore, trainer: Any, module: nn.Module) -> None:
@@ -207,5 +238,5 @@ def _divided(dataset: Any, seed: int) -> tuple[Any, Any]:
 def _mixed_precision(trainer: Trainer) -> str:
     found = trainer.accelerator.mixed_precision
     if found not in ("no", "bf16"):
-        raise UserError(f"finish: mixed precision {found} is not supported; train with bf16, or without")
+        raise UserError(f"finish: mixed precision {found} is not supported; pass mixed_precision='no' or 'bf16'")
     return str(found)

@@ -26,7 +26,9 @@ _PUBLIC = re.compile(
 folder with much else in it."""
 _NAMES = {"_name_or_path", "name_or_path"}
 """Where configs keep the folder that a model was loaded from."""
-_LOCAL = re.compile(r"(/|~|[A-Za-z]:[\\/])\S*")
+_OWN_WORDS = re.compile(r"id2label|label2id|added_tokens_decoder|extra_special_tokens|\w*_tokens?")
+"""Keys of configs under which labels and tokens are, which may begin like a path and are the model's own."""
+_LOCAL = re.compile(r"(/[^/\s]+/|~/|[A-Za-z]:[\\/])\S*")
 _PATH = re.compile(r"(?<![\w:/.])(/[\w.@+~-]+){2,}/?")
 """Configs that differ in a path are noted with it."""
 _CHECKED = re.compile(r".*\.(md|yaml|jinja)|\w*config\.json|report\.json|mixing_weights\.json")
@@ -119,14 +121,18 @@ def _put(path: Path, target: Path, private: Mapping[str, str]) -> None:
 def _without_paths(about: Any) -> Any:
     """Return a config without the names of files and folders that it was made from, however nested."""
     if isinstance(about, list):
-        return [_without_paths(value) for value in about]
+        return [_without_paths(value) for value in about if not _is_path(value)]
     if not isinstance(about, Mapping):
         return about
     return {
-        key: _without_paths(value)
+        key: value if _OWN_WORDS.fullmatch(key) else _without_paths(value)
         for key, value in about.items()
-        if key not in _NAMES and not (isinstance(value, str) and _LOCAL.fullmatch(value))
+        if key not in _NAMES and (_OWN_WORDS.fullmatch(key) or not _is_path(value))
     }
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and _LOCAL.fullmatch(value) is not None
 
 
 def _had_data_on_hub(folder: Path) -> bool:
@@ -141,7 +147,8 @@ def _renamed(value: Any, private: Mapping[str, str]) -> Any:
             value = re.sub(rf"(?<![\w./-]){re.escape(label)}(?![\w/-])", private[label], value)
         return _PATH.sub("(a path)", value)
     if isinstance(value, Mapping):
-        return {_renamed(key, private): _renamed(inner, private) for key, inner in value.items()}
+        # keys may be names of groups, such as `model`, that a folder is called too
+        return {private.get(key, key) if "/" in key else key: _renamed(inner, private) for key, inner in value.items()}
     return [_renamed(inner, private) for inner in value] if isinstance(value, list) else value
 
 

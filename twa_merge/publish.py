@@ -46,7 +46,7 @@ def check_output(output: Path, soup: Soup | None, *, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise UserError(f"{output}: exists already; choose another output or add --overwrite")
+        raise UserError(f"{output}: exists already; choose another output, or add --overwrite (overwrite=True)")
     if not output.is_dir() or (any(output.iterdir()) and not (output / "mixing_weights.json").is_file()):
         raise UserError(
             f"{output}: exists and is no earlier merge; --overwrite replaces only folders written by twa-merge"

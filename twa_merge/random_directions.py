@@ -75,7 +75,8 @@ class RandomBlock:
 def random_basis(soup: Soup, module: nn.Module, groups: Groups, *, dimensions: int, seed: int = 0) -> Basis:
     """Return a basis of random directions around the soup's centre, each as long as the checkpoints' deltas are.
 
-    `MergedModel(module, random_basis(...), labels)` learns on it as on any other; `merge_and_unload` gives the result.
+    `MergedModel(module, random_basis(...), labels)`, with R names of your own, learns on it as on any other;
+    `merge_and_unload` gives the result.
     Its mixing weights are of no checkpoints, and cannot be written.
 
     Args:
@@ -90,7 +91,8 @@ def random_basis(soup: Soup, module: nn.Module, groups: Groups, *, dimensions: i
     norms = torch.zeros(len(groups), dimensions + 1, dtype=torch.float64)
     for row, names in enumerate(groups.values()):
         numel = sum(around.blocks[name].centre().numel() for name in names)
-        scale = float(around.norms[row].square().mean().sqrt()) / max(1, numel) ** 0.5
+        # taking out their mean shortens R directions by (R - 1) / R
+        scale = float(around.norms[row].square().mean().sqrt()) / max(1, numel * dimensions / (dimensions + 1)) ** 0.5
         for name in names:
             block = RandomBlock(dimensions + 1, around.blocks[name].centre(), scale, seed * 1_000_003 + len(blocks))
             blocks[name] = block

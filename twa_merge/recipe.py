@@ -136,6 +136,11 @@ def from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return typing.cast(Recipe, _build(Recipe, content, where, ""))
 
 
+def with_options(learn: LearnConfig, options: Mapping[str, Any], where: str) -> LearnConfig:
+    """Return a `learn` section with some values replaced, as strictly checked as those of a file."""
+    return typing.cast(LearnConfig, _build(LearnConfig, dataclasses.asdict(learn) | dict(options), where, ""))
+
+
 def to_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML, every value written out."""
     text: str = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)

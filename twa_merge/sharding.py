@@ -107,7 +107,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def window_of(parameter: Any) -> Window:
     """Return which elements of a parameter this process holds."""
-    if not _is_dtensor(parameter):
+    if not is_dtensor(parameter):
         return Window.whole(parameter.numel())
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -121,7 +121,7 @@ def shares_of(module: nn.Module) -> dict[str, float]:
     mesh = _mesh_of(module)
     whole = 1.0 if mesh is None else 1 / int(mesh.size())
     named = module.named_parameters(remove_duplicate=False)
-    return {name: 1.0 if _is_dtensor(p) else whole for name, p in named}
+    return {name: 1.0 if is_dtensor(p) else whole for name, p in named}
 
 
 def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -211,7 +211,7 @@ def _placement(parameter: nn.Parameter, *, size: int) -> Any:
 
 def _mesh_of(module: nn.Module) -> Any:
     """Return the mesh that a module is spread over, or None."""
-    return next((p.device_mesh for p in module.parameters() if _is_dtensor(p)), None)  # type: ignore[attr-defined]
+    return next((p.device_mesh for p in module.parameters() if is_dtensor(p)), None)  # type: ignore[attr-defined]
 
 
 def _all_reduce(values: Tensor, mesh: Any) -> None:
@@ -221,11 +221,12 @@ def _all_reduce(values: Tensor, mesh: Any) -> None:
 
 
 def _local(tensor: Any) -> Tensor:
-    part: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Whether processes hold parts of a tensor."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

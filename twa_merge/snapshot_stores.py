@@ -5,6 +5,7 @@ On disk, a snapshot is a checkpoint folder like any other, and appears under its
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from twa_merge.adapters import is_adapted
 from twa_merge.errors import UserError
 from twa_merge.held import HeldCheckpoints
 from twa_merge.sources import SIDE_SUFFIXES, Source, find_sources, natural_key
@@ -136,18 +138,14 @@ class MemoryStore:
 
     def describe(self, module: nn.Module, processor: Any) -> None:
         """Keep config and tokenizer or image processor."""
-        parts: tuple[Any, ...] = (
-            getattr(module, "config", None),
-            getattr(module, "generation_config", None),
-            processor,
-        )
+        base: Any = module.get_base_model() if is_adapted(module) else module  # type: ignore[operator]
+        config: Any = copy.deepcopy(getattr(base, "config", None))
+        if hasattr(config, "architectures"):
+            config.architectures = [type(base).__name__]  # not of the model that this one was loaded from
+        parts: tuple[Any, ...] = (config, getattr(base, "generation_config", None), processor)
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(self._side.name)
-        config = Path(self._side.name, "config.json")
-        if config.is_file() and "architectures" not in config.read_text(encoding="utf-8"):
-            module.config.architectures = [type(module).__name__]  # type: ignore[union-attr]
-            module.config.save_pretrained(self._side.name)  # type: ignore[union-attr,operator]
 
     def remove(self, step: int) -> None:
         self.held.remove(step)
@@ -158,14 +156,13 @@ class MemoryStore:
         return [Source(f"snapshot-{step}", known, (), header=self.held.header(step), owner=self) for step in self.steps]
 
     def save(self, checkpoint: Path) -> None:
-        if self.steps:
-            self.held.save(checkpoint / _OF_CHECKPOINT)
+        self.held.save(checkpoint / _OF_CHECKPOINT)  # also if there are none yet: else none could be resumed from
 
     def load(self, checkpoint: Path) -> None:
         if not (checkpoint / _OF_CHECKPOINT).is_file():
             raise UserError(
                 f"snapshots: {checkpoint} holds none: the run was started in another output_dir, or without snapshots "
-                "in memory; put that checkpoint there, or start anew"
+                "in memory; put that checkpoint there, resume from an earlier one, or start anew"
             )
         self.held.load(checkpoint / _OF_CHECKPOINT)
 

@@ -38,7 +38,9 @@ class Source:
     """What must live as long as this."""
 
 
-def find_sources(checkpoints: Sequence[str | Path | Source], *, allow_pickle: bool = False) -> list[Source]:
+def find_sources(
+    checkpoints: str | Path | Sequence[str | Path | Source], *, allow_pickle: bool = False
+) -> list[Source]:
     """Resolve checkpoint arguments in order; globs expand in natural order (`checkpoint-200` before `-1000`).
 
     An existing path is never taken for a Hub id.
@@ -47,7 +49,7 @@ def find_sources(checkpoints: Sequence[str | Path | Source], *, allow_pickle: bo
         UserError: something is not there, or holds no weights.
     """
     found: list[Source] = []
-    for argument in checkpoints:
+    for argument in [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints:
         if isinstance(argument, Source):
             found.append(argument)
         else:

@@ -78,7 +78,7 @@ class TWATrainer(Trainer):
 
     def __init__(
         self,
-        checkpoints: Soup | Sequence[str | Path],
+        checkpoints: Soup | str | Path | Sequence[str | Path],
         args: TrainingArguments | None = None,
         *,
         model: nn.Module | None = None,
@@ -127,13 +127,24 @@ class TWATrainer(Trainer):
                 linear=weights.linear,
             )
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Return Trainer's loss, in training with the regulariser of eq. 2."""
-        found = super().compute_loss(model, inputs, *arguments, **options)
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (model.training and self._regularization):
             return found
         added = self._regularization / 2 * self.model.twa_coefficients.square().sum()
+        if self._is_share_of_step(num_items_in_batch):
+            added = added / self.current_gradient_accumulation_steps
         return (found[0] + added, *found[1:]) if isinstance(found, tuple) else found + added
+
+    def _is_share_of_step(self, num_items_in_batch: Any) -> bool:
+        """Whether the losses of accumulated passes add up to the step's; else Trainer divides each by their number."""
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(counted or self.compute_loss_func is not None)
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """Evaluate with BatchNorm's statistics of the present merge."""
