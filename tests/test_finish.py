@@ -112,6 +112,9 @@ def test_two_ways_to_name_snapshots_and_mistakes(tmp_path):
         twa.finish(trainer, learning_rate=0.1)
     with pytest.raises(twa.UserError, match="finish: lr: expected float, got 'x'"):
         twa.finish(trainer, lr="x")
+    trainer.eval_dataset = [{"input_ids": row["input_ids"]} for row in tokens(8)]
+    with pytest.raises(twa.UserError, match=r"expected 'labels' in the batches .* got input_ids"):
+        twa.finish(trainer)
     trainer.eval_dataset = None
     with pytest.raises(twa.UserError, match="one eval_dataset, got none"):
         twa.finish(trainer)

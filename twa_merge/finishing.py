@@ -25,7 +25,7 @@ from twa_merge.recipe import Recipe, with_options
 from twa_merge.snapshot_stores import MemoryStore
 from twa_merge.splits import split_indices
 from twa_merge.task_base import Batch, Task, require_rows
-from twa_merge.task_trainer import trainer_task, warn_unless_mean
+from twa_merge.task_trainer import require_labels, trainer_task, warn_unless_mean
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -91,7 +91,11 @@ def finish(
     _require_same(trainer, soup)
     splits, collate = _splits_of(trainer, module, learn_on)
     splits["test"] = test_dataset
-    task = replace(task if task is not None else trainer_task(trainer, module), collate=collate)
+    if task is None:
+        task = trainer_task(trainer, module)
+        if task.name != "trainer":
+            require_labels(collate([splits["held_out"][0]]))
+    task = replace(task, collate=collate)
     if recipe is None:
         recipe = _recipe_of(trainer, soup, learn_options.get("batch_size"))
     recipe = _completed(recipe, trainer, output, learn_options)

@@ -69,6 +69,15 @@ def _has_stock_loss(trainer: Any, module: nn.Module) -> bool:
     return not own and trainer.label_smoother is None
 
 
+def require_labels(batch: Batch) -> None:
+    """Raise if a batch of a known kind of model has nothing to learn from or decide by."""
+    if "labels" not in batch:
+        raise UserError(
+            f"finish: expected 'labels' in the batches of the trainer's eval_dataset, got {', '.join(batch)}; add "
+            "them, or let the data_collator do so"
+        )
+
+
 def warn_unless_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) -> None:
     """Say so if the loss of a few samples is not the mean of theirs: candidates are scored sample by sample."""
     rows = [dataset[i] for i in range(min(4, len(dataset)))]
