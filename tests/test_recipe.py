@@ -4,7 +4,7 @@ import pytest
 
 from twa_merge.errors import UserError
 from twa_merge.learn_config import LearnConfig
-from twa_merge.recipe import Recipe, from_dict, load_recipe, to_yaml
+from twa_merge.recipe import Recipe, from_dict, load_recipe, to_yaml, with_options
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 
@@ -49,3 +49,11 @@ def test_files_that_are_no_recipe(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=r"r\.yaml"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_options_in_python_are_checked_as_those_of_a_file():
+    assert with_options(LearnConfig(), {"lr": 1, "steps": 3}, "train") == LearnConfig(lr=1.0, steps=3)
+    with pytest.raises(UserError, match=r"train: unknown key weigth_decay; did you mean weight_decay\?"):
+        with_options(LearnConfig(), {"weigth_decay": 0.1}, "train")
+    with pytest.raises(UserError, match="train: steps: expected int or null, got 'x'"):
+        with_options(LearnConfig(), {"steps": "x"}, "train")

@@ -17,7 +17,7 @@ from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
 from twa_merge.job import Job, Result
 from twa_merge.mixing import MixingWeights
-from twa_merge.recipe import Recipe
+from twa_merge.recipe import Recipe, with_options
 from twa_merge.tasks import Task, module_task
 
 
@@ -59,7 +59,7 @@ def train(
         UserError: something the caller can mend.
     """
     recipe = recipe or Recipe(checkpoints=list(soup.labels))
-    recipe = replace(recipe, learn=replace(recipe.learn, **learn_options))
+    recipe = replace(recipe, learn=with_options(recipe.learn, learn_options, "train"))
     if output is not None:
         recipe = replace(recipe, output=replace(recipe.output, path=str(output)))
     if isinstance(task, str):
