@@ -1,10 +1,12 @@
 """From a Trainer's run to its merge: the snapshots' combination is in the trainer's model, whatever the model is."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import default_data_collator
+from transformers import BertForMaskedLM, default_data_collator
 
 import twa_merge as twa
 from tests import factory
@@ -283,6 +285,48 @@ def test_a_loss_of_whole_batches_is_warned_of(tmp_path, capsys):
     trainer = trained(tmp_path, **given, remove_unused_columns=False, label_names=["labels"])
     twa.finish(trainer, learn_on="train", steps=2)
     assert "is none of a mean of theirs" in capsys.readouterr().err
+
+
+class Masking:
+    """Masks a few tokens of each row, none of some; of a generator of its own if seeded."""
+
+    def __init__(self, seed=None):
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        masked = torch.rand(ids.shape, generator=self.generator) < 0.15
+        return {"input_ids": ids.masked_fill(masked, 1), "labels": ids.masked_fill(~masked, -100)}
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_rows_without_a_masked_token_count_nothing(tmp_path, own_loss):
+    def squares(outputs, labels, num_items_in_batch=None):
+        counted = labels != -100
+        return F.cross_entropy(outputs.logits[counted], labels[counted])
+
+    torch.manual_seed(0)
+    model = BertForMaskedLM(factory.make_model("bert").config)
+    options = {"compute_loss_func": squares} if own_loss else {}
+    trainer = make_trainer(
+        tmp_path, model=model, callbacks=[twa.SnapshotCallback(3)], data_collator=Masking(), **options
+    )
+    trainer.train()
+    result = twa.finish(trainer, steps=2, learn_on="train")
+    assert all(math.isfinite(c.select.loss.value) for c in result.league)
+    trainer.data_collator = Masking(seed=1)
+    with pytest.raises(twa.UserError, match="differ from one time to the next"):
+        twa.finish(trainer, steps=2)
+
+
+def test_nothing_ships_where_no_loss_is_finite(tmp_path):
+    trainer = trained(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.eval_dataset = [row | {"labels": torch.full_like(row["labels"], -100)} for row in tokens(8)]
+    with pytest.raises(twa.UserError, match="no candidate has a finite loss"):
+        twa.finish(trainer, steps=2, learn_on="train")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_a_twa_trainer_has_learned_already(tmp_path):

@@ -25,7 +25,7 @@ from twa_merge.recipe import Recipe, with_options
 from twa_merge.snapshot_stores import MemoryStore
 from twa_merge.splits import split_indices
 from twa_merge.task_base import Batch, Task, require_rows
-from twa_merge.task_trainer import require_labels, trainer_task, warn_unless_mean
+from twa_merge.task_trainer import require_labels, require_same_batches, trainer_task, warn_unless_mean
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,7 +66,8 @@ def finish(
             none.
         test_dataset: scored once, at the end.
         task: losses and metrics; default those of classification or language models where the model is one of
-            transformers' own, else the trainer's loss, scored sample by sample. `compute_metrics` is not used.
+            transformers' own, else the trainer's loss, scored sample by sample. `compute_metrics` is not used, nor the
+            collate of a task: the trainer's makes the batches.
         output: also write the merged model and the report to this folder.
         overwrite: replace an earlier merge at `output`.
         recipe: everything else; default batches no larger than the trainer's. `learn_options` (`lr`, `epochs`,
@@ -95,6 +96,7 @@ def finish(
         task = trainer_task(trainer, module)
         if task.name != "trainer":
             require_labels(collate([splits["held_out"][0]]))
+    require_same_batches(collate, splits["held_out"])
     task = replace(task, collate=collate)
     if recipe is None:
         recipe = _recipe_of(trainer, soup, learn_options.get("batch_size"))

@@ -13,6 +13,7 @@ import torch
 from twa_merge import buffers, mixing
 from twa_merge.baselines import best_single, greedy_soup
 from twa_merge.checkpoints import Soup
+from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.mixing import MixingWeights
 from twa_merge.model import MergedModel
@@ -202,6 +203,11 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
     The best baseline is the one with the lowest select loss. Otherwise that baseline ships.
     """
     baseline = best_baseline(candidates)
+    if math.isinf(baseline.select.ranking_loss):
+        raise UserError(
+            "no candidate has a finite loss on the held-out samples that decide: do some have no label, or do the "
+            "checkpoints hold NaN?"
+        )
     learned = [c for c in candidates if c.learned]
     if not learned:
         return Verdict(baseline, f"{baseline.name} has the lowest select loss")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,8 @@ def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
     common: dict[str, Any] = {"prepare": require_rows, "collate": trainer.data_collator}
     config = getattr(module, "config", None)
     try:
-        stock = config is not None and _has_stock_loss(trainer, module)
-        kind = guess_task([type(module).__name__]) if stock else None
+        stock, name = config is not None and _has_stock_loss(trainer, module), type(module).__name__
+        kind = None if not stock else "masked-lm" if name.endswith("ForMaskedLM") else guess_task([name])
     except UserError:
         kind = None
     if kind in ("text-classification", "image-classification"):
@@ -87,7 +88,8 @@ def warn_unless_mean(task: Task, module: nn.Module, dataset: Any, trainer: Train
 
     with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
         whole, each = loss(rows), [loss([row]) for row in rows]
-    low, high = min(each), max(each)
+    each = [value for value in each if math.isfinite(value)]  # there may be samples without a label
+    low, high = min(each, default=whole), max(each, default=whole)
     # weighted means, of samples with unequal numbers of labels, lie between
     if not low - 0.01 * abs(low) <= whole <= high + 0.01 * abs(high):
         say(
@@ -107,5 +109,25 @@ def _loss_of(trainer: Any) -> Callable[[nn.Module, Batch], Any]:
     return lambda module, batch: trainer.compute_loss(module, dict(batch))
 
 
+def require_same_batches(collate: Callable[[list[Any]], Batch], dataset: Any) -> None:
+    """Raise if batches of the same samples differ: candidates would be compared on different ones."""
+
+    def batch() -> Batch:
+        with fixed_random_numbers():
+            return collate([dataset[i] for i in range(min(4, len(dataset)))])
+
+    one, two = batch(), batch()
+    if not isinstance(one, Mapping):
+        return
+    if any(isinstance(value, Tensor) and not torch.equal(value, two[name]) for name, value in one.items()):
+        raise UserError(
+            "finish: batches of the same samples differ from one time to the next, so that candidates would be "
+            "compared on different ones: the data_collator draws from a generator of its own; give it no seed"
+        )
+
+
 def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.numel() and (labels == IGNORED).all():
+        return torch.zeros(1, device=loss.device), torch.zeros(1, device=loss.device)  # a mean of nothing is NaN
     return loss.float().reshape(1), torch.full((1,), float(batch_size_of(batch)), device=loss.device)
