@@ -49,7 +49,7 @@ class SnapshotCallback(TrainerCallback):
 
     Raises:
         UserError: when training begins: snapshots of an earlier run are there, the processes share the model (FSDP,
-            DeepSpeed), or its adapters cannot be merged into it.
+            DeepSpeed, tensor parallelism), its adapters cannot be merged into it, or the trainer is a `TWATrainer`.
     """
 
     def __init__(
