@@ -10,6 +10,9 @@ layer has a row and a scale of its own; also of the later half of the snapshots,
 with 3 % (60 + 2 of 90 epochs) its table 3, where a part of the snapshots are from after the first drop. Test pictures
 are scored at the end. Seeds from 100 on are for development, and test on other pictures of the training file; how the
 settings came about: docs/method.md. Larger, for a GPU: `--width 64 --pictures 9000 --epochs 160`.
+
+`--control` asks what those labels that TWA-v has and the run has not are worth: the whole run alone, trained on the
+held-out pictures too, in as many steps.
 """
 
 from __future__ import annotations
@@ -59,11 +62,15 @@ class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
         return {"pixel_values": picture, "labels": self.labels[index]}
 
 
-def splits(data: Path, seed: int, count: int) -> dict[str, Pictures]:
-    """Return `count` training pictures as they train and as they are, held-out pictures, and test pictures."""
+def splits(data: Path, seed: int, count: int, control: bool) -> dict[str, Pictures]:
+    """Return `count` training pictures as they train and as they are, held-out pictures, and test pictures.
+
+    For the control, those that are held out train too.
+    """
     pixels, labels = load_pictures(data / "cifar10/train.parquet")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     train, held_out, others = order[:count], order[-HELD_OUT:], order[count : count + TEST]
+    train = torch.cat([train, held_out]) if control else train
     test = load_pictures(data / "cifar10/test.parquet") if seed < DEVELOPMENT else (pixels[others], labels[others])
     return {
         "train": Pictures(pixels[train], labels[train], augment=True),
@@ -103,15 +110,25 @@ class Epochs(twa.SnapshotCallback):
             kwargs["model"].train()
 
 
+def folder_of(args: Any, seed: int) -> Path:
+    """Return the folder of a seed's run."""
+    return Path(args.output / f"{name_of(args)}-{seed}")
+
+
+def name_of(args: Any) -> str:
+    """Return what the JSON, the table and the runs are called."""
+    return f"{args.net}-control" if args.control else str(args.net)
+
+
 def make_trainer(args: Any, seed: int, parts: dict[str, Pictures], epochs: int) -> tuple[Trainer, Epochs]:
     """Return the trainer of the full run."""
     set_seed(seed)
     model = Classifier(args.net, args.width)
-    steps = -(-args.pictures // args.batch_size) * epochs
+    steps = -(-len(parts["train"]) // args.batch_size) * epochs
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     drops = [round(steps * args.first_drop), round(steps * (1 + args.first_drop) / 2)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
-    folder = args.output / f"{args.net}-{seed}"
+    folder = folder_of(args, seed)
     settings = TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
@@ -173,9 +190,11 @@ def fixed_merge(trainer: Trainer, parts: dict[str, Pictures], snapshots: list[Pa
 
 def run(args: Any, seed: int) -> dict[str, Any]:
     """Train once, unless that is done; merge the snapshots of first parts of the run."""
-    parts = splits(args.data, seed, args.pictures)
-    trainer, callback = make_trainer(args, seed, parts, args.epochs)
-    done = args.output / f"{args.net}-{seed}/curve.json"
+    parts = splits(args.data, seed, args.pictures, args.control)
+    # the control takes as many steps, in fewer epochs of more pictures; the last is one with a snapshot
+    epochs = args.every * round(args.epochs * args.pictures / len(parts["train"]) / args.every)
+    trainer, callback = make_trainer(args, seed, parts, epochs)
+    done = folder_of(args, seed) / "curve.json"
     if not done.is_file():
         start = time.perf_counter()
         trainer.train()
@@ -184,6 +203,8 @@ def run(args: Any, seed: int) -> dict[str, Any]:
     snapshots = list(DiskStore(callback.folder).paths.values())
     load_merge(trainer.model, twa.Soup(snapshots[-1:]), twa.one_hot(0, ["full"]))
     found["full"] = scores(trainer.model, parts)
+    if args.control:
+        return found
     steps_of_epoch = -(-args.pictures // args.batch_size)
     # along all deltas of all snapshots, or by tensor, what is learned fits the samples it is learned on: docs/method.md
     few: dict[str, Any] = {"directions": "pca", "components": args.components}
@@ -256,11 +277,13 @@ def main() -> None:
     parser.add_argument("--first-drop", type=float, default=0.5, help="share of the run before lr is divided by ten")
     parser.add_argument("--twa-lr", type=float, default=0.03)
     parser.add_argument("--components", type=int, default=5, help="principal components of the snapshots")
+    parser.add_argument("--control", action="store_true", help="the whole run on held-out pictures too, and no more")
     args = parser.parse_args()
     args.width = args.width or WIDTHS[args.net]
     table = against("full", accuracy="test accuracy", loss="test loss", gap="gap")
-    found = report(args, args.net, lambda seed: run(args, seed), table)
-    plot(found, args, args.output / f"{args.net}.png")
+    found = report(args, name_of(args), lambda seed: run(args, seed), table)
+    if not args.control:
+        plot(found, args, args.output / f"{args.net}.png")
 
 
 if __name__ == "__main__":
