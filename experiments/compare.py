@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
+from transformers import get_cosine_schedule_with_warmup
 from trials import KINDS, Trial, add_arguments
 
 import twa_merge as twa
+from twa_merge.assembly import load_merge
 from twa_merge.evaluation import Evaluation, evaluate, paired_difference
 from twa_merge.job import Job, Result
 from twa_merge.league import best_baseline
@@ -31,8 +34,6 @@ from twa_merge.recipe import Recipe
 
 GRANULARITIES = ("model", "layer", "tensor")
 RIVAL_LRS = (1e-5, 1e-4, 1e-3)
-RIVAL_STEPS = 45
-"""At least so many steps, and at least two epochs; every epoch is scored."""
 
 
 class Scores:
@@ -41,6 +42,8 @@ class Scores:
     def __init__(self) -> None:
         self.held_out: dict[bytes, Evaluation] = {}
         self.test: dict[bytes, Evaluation] = {}
+        self.weights: dict[bytes, twa.MixingWeights] = {}
+        """With the running statistics that belong to them."""
 
 
 class SharedJob(Job):
@@ -55,11 +58,16 @@ class SharedJob(Job):
 
     def score_test(self, candidates: list[Any]) -> None:
         for candidate in candidates:
-            table = candidate.weights.table
-            key = table.expand(len(candidate.weights.groups), -1).numpy().tobytes()
+            key = key_of(candidate.weights)
             if key not in self.scores.test:
-                self.scores.test[key] = self.scorer.on(candidate.weights, self.data.test)
+                self.scores.weights[key] = self.scorer.with_statistics(candidate.weights)
+                self.scores.test[key] = self.scorer.on(self.scores.weights[key], self.data.test)
             candidate.test = self.scores.test[key]
+
+
+def key_of(weights: twa.MixingWeights) -> bytes:
+    """Return what tells tables apart: one number for each group and checkpoint."""
+    return weights.table.expand(len(weights.groups), -1).numpy().tobytes()
 
 
 def learn_merge(trial: Trial, soup: twa.Soup, scores: Scores, **settings: Any) -> Result:
@@ -104,7 +112,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
                 rows[candidate.name] |= account(result)
     for name in ("best single", "greedy"):
         weights = next(c.weights for c in result.league if c.name == name)
-        tested[f"{name}, fine-tuned"] = fine_tune(trial, soup, weights)
+        tested[f"{name}, fine-tuned"] = fine_tune(trial, soup, scores.weights[key_of(weights)])
         rows[f"{name}, fine-tuned"] = measured(None, tested[f"{name}, fine-tuned"])
     for name, evaluation in tested.items():
         for other in ("uniform", "greedy", "best single"):
@@ -129,43 +137,38 @@ def measured(select: Evaluation | None, test: Evaluation) -> dict[str, Any]:
 def fine_tune(trial: Trial, soup: twa.Soup, weights: twa.MixingWeights) -> Evaluation:
     """Return the test evaluation of a merge fine-tuned on four fifths of the held-out data.
 
-    Learning rate and epoch, epoch 0 (not fine-tuned) among them, are chosen on the last fifth: not on a random one, for
-    neighbours in a text leak, and training all weights would be chosen for what it memorises.
+    Each learning rate has the steps, batches, schedule and evaluations that learning a merge has; it and the step, 0
+    (not fine-tuned) among them, are chosen on the last fifth: not on a random one, for neighbours in a text leak, and
+    training all weights would be chosen for what it memorises.
     """
-    merged = twa.merged_model(soup, copy.deepcopy(trial.module), granularity="model")
-    module = merged.merge_and_unload() if weights is None else materialise(merged, soup, weights)
+    module = twa.merged_model(soup, copy.deepcopy(trial.module), granularity="model").merge_and_unload()
+    load_merge(module, soup, weights)
     cut = round(0.8 * len(trial.held_out))
     fit, select = Subset(trial.held_out, range(cut)), Subset(trial.held_out, range(cut, len(trial.held_out)))
+    config = LearnConfig()
+    steps = config.total_steps(len(fit))
     best, best_loss = copy.deepcopy(module), evaluate(module, select, trial.task, batch_size=64).loss.value
     for lr in RIVAL_LRS:
         tuned = copy.deepcopy(module)
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
         torch.manual_seed(trial.seed)
-        loader = DataLoader(fit, batch_size=32, shuffle=True, collate_fn=trial.task.collate)
-        for _ in range(max(2, -(-RIVAL_STEPS // len(loader)))):
+        loader = DataLoader(fit, batch_size=config.batch_size, shuffle=True, collate_fn=trial.task.collate)
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        due = {round(steps * k / config.evaluations) for k in range(1, config.evaluations + 1)}
+        for step, batch in enumerate(itertools.islice(batches, steps), start=1):
             tuned.train()
-            for batch in loader:
-                losses, counts = trial.task.sample_losses(trial.task.forward(tuned, batch), batch)
-                ((losses * counts).sum() / counts.sum()).backward()
-                torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss = evaluate(tuned, select, trial.task, batch_size=64).loss.value
-            if loss < best_loss:
-                best, best_loss = copy.deepcopy(tuned), loss
+            losses, counts = trial.task.sample_losses(trial.task.forward(tuned, batch), batch)
+            ((losses * counts).sum() / counts.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step in due:
+                loss = evaluate(tuned, select, trial.task, batch_size=64).loss.value
+                if loss < best_loss:
+                    best, best_loss = copy.deepcopy(tuned), loss
     return evaluate(best, trial.test, trial.task, batch_size=64)
-
-
-def materialise(merged: twa.MergedModel, soup: twa.Soup, weights: twa.MixingWeights) -> torch.nn.Module:
-    """Return the plain module with a merge in place, a single checkpoint's buffers included."""
-    merged.start_from(weights)
-    module = merged.merge_and_unload()
-    only = weights.one_hot_column() or 0
-    state = {n: soup.read(only, n) for n, _ in module.named_buffers() if soup.tensor_of(n) is not None}
-    if weights.statistics:
-        state |= dict(weights.statistics)
-    module.load_state_dict(state, strict=False)
-    return module
 
 
 def main() -> None:
