@@ -67,7 +67,7 @@ class SharedJob(Job):
 
 def key_of(weights: twa.MixingWeights) -> bytes:
     """Return what tells tables apart: one number for each group and checkpoint."""
-    return weights.table.expand(len(weights.groups), -1).numpy().tobytes()
+    return weights.table.numpy().tobytes()
 
 
 def learn_merge(trial: Trial, soup: twa.Soup, scores: Scores, **settings: Any) -> Result:
