@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertForMaskedLM, default_data_collator
+from transformers import BartConfig, BartForCausalLM, BertForMaskedLM, default_data_collator
 
 import twa_merge as twa
 from tests import factory
 from tests.processes import torchrun
 from tests.trainers import make_trainer, tokens
+from twa_merge.learn_config import LearnConfig
 from twa_merge.recipe import Recipe
 
 
@@ -179,11 +180,6 @@ torch.set_num_threads(1)
 import twa_merge as twa
 from tests.processes import leave
 from tests.trainers import make_trainer
-callback = twa.SnapshotCallback(3, storage="int8")
-trainer = make_trainer(sys.argv[1], callbacks=[callback], per_device_train_batch_size=2)
-trainer.train()
-learned = twa.finish(trainer, steps=2).league[-1].name
-
 from twa_merge.snapshot_stores import DiskStore
 add = DiskStore.add
 def slow(*arguments):
@@ -193,26 +189,38 @@ DiskStore.add = slow
 trainer = make_trainer(sys.argv[1], callbacks=[twa.SnapshotCallback(6)], per_device_train_batch_size=2)
 trainer.train()
 assert twa.finish(trainer, steps=2).weights.num_checkpoints == 2
-here = Path(sys.argv[1], f"rank-{trainer.args.process_index}")
+rank = trainer.args.process_index
+here = Path(sys.argv[1], f"rank-{rank}")
 shutil.copytree(Path(sys.argv[1], "_snapshots/snapshot-6"), here / "a")
-try:
-    twa.finish(trainer, [here / "a"], steps=2)
-except twa.UserError as error:
-    learned += f"; {error}"
-Path(sys.argv[1], f"rank-{trainer.args.process_index}.txt").write_text(learned)  # lines of two processes may mix
+mine = here / "a"
+said = []
+for given in ([mine], [mine] if rank == 0 else ["nowhere"], ["nowhere"]):
+    try:
+        twa.finish(trainer, given, steps=2)
+    except twa.UserError as error:
+        said.append(str(error))
+
+callback = twa.SnapshotCallback(3, storage="int8")
+trainer = make_trainer(sys.argv[1], callbacks=[callback], per_device_train_batch_size=2)
+trainer.train()
+said.append(twa.finish(trainer, steps=2).league[-1].name)
+Path(sys.argv[1], f"rank-{rank}.txt").write_text("\n".join(said))  # lines of two processes may mix
 del trainer, callback
 leave()
 """
 
 
 def test_snapshots_reach_every_process(tmp_path):
-    """Those in memory; those on disk, though the last is still being written; and others are not taken for them."""
+    """Those on disk, though the last is still being written; those in memory; and others are not taken for them."""
     (tmp_path / "driver.py").write_text(SNAPSHOTS)
     done = torchrun(tmp_path / "driver.py", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        learned, _, error = (tmp_path / f"run/rank-{rank}.txt").read_text().partition("; ")
-        assert learned == "TWA by tensor" and "processes see different snapshots" in error
+        others, missing, none, learned = (tmp_path / f"run/rank-{rank}.txt").read_text().splitlines()
+        assert "processes 0 and 1 see different snapshots" in others and "rank-0/a" in others and "rank-1/a" in others
+        assert "processes 0 and 1 see different snapshots" in missing and "nowhere" in missing
+        assert none.startswith("nowhere") and learned == "TWA by tensor"
+    assert len(list((tmp_path / "run/_snapshots").iterdir())) == 2  # those of another run
 
 
 @pytest.mark.parametrize("error", [{"lr": 1e30}, {"margin": None}])
@@ -285,6 +293,103 @@ def test_a_loss_of_whole_batches_is_warned_of(tmp_path, capsys):
     trainer = trained(tmp_path, **given, remove_unused_columns=False, label_names=["labels"])
     twa.finish(trainer, learn_on="train", steps=2)
     assert "is none of a mean of theirs" in capsys.readouterr().err
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: (
+        (outputs["logits"] - outputs["logits"].mean(dim=0)).square().sum()
+    )  # nothing, for one sample alone
+    with pytest.raises(twa.UserError, match="of any one sample alone is 0, of 4 together"):
+        twa.finish(trainer, steps=2)
+
+
+def unshifted(seed):
+    """Return rows for decoders that do not shift their labels: those are the next tokens already."""
+    return [{"input_ids": row["input_ids"][:-1], "labels": row["input_ids"][1:]} for row in tokens(24, seed=seed)]
+
+
+def test_a_loss_that_is_not_that_of_its_kind_is_taken_as_it_is(tmp_path, capsys):
+    config = BartConfig(**factory._MARIAN, is_decoder=True, add_cross_attention=False)
+    torch.manual_seed(0)
+    given = {"model": BartForCausalLM(config), "data": unshifted(0), "eval_dataset": unshifted(1)}
+    trainer = trained(tmp_path, **given)
+    result = twa.finish(trainer, learn_on="train", steps=2)
+    assert result.task == "trainer" and "its loss here is not that of causal-lm" in capsys.readouterr().err
+    assert result.verdict.winner.select.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["some without a label", "several labels"])
+def test_labels_are_those_that_the_model_takes(tmp_path, kind):
+    def classified(count, seed):
+        rows = tokens(count, seed=seed)
+        for i, row in enumerate(rows):
+            label = torch.randint(3, (3,), generator=torch.Generator().manual_seed(i))
+            row["labels"] = (
+                (label > 0).float() if kind == "several labels" else label[0] if i % 4 else torch.tensor(-100)
+            )
+        return rows
+
+    def make():
+        model = factory.make_model("bert", num_labels=3)
+        model.config.problem_type = None
+        given = {"model": model, "data": classified(24, 0), "eval_dataset": classified(16, 1)}
+        return make_trainer(tmp_path, **given, callbacks=[twa.SnapshotCallback(3)], per_device_eval_batch_size=16)
+
+    make().train()
+    trainer = make()  # of a new process, whose model has not yet been told what kind of labels it has
+    result = twa.finish(trainer, learn_on="train", steps=2)
+    assert result.task == "text-classification"
+    winner = result.verdict.winner.select
+    assert winner.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
+    if kind != "several labels":
+        assert winner.metric("accuracy").value * 12 == pytest.approx(round(winner.metric("accuracy").value * 12))
+
+
+def test_passes_without_a_label_are_left_out(tmp_path):
+    """Of a loss whose gradient is NaN there, too."""
+
+    def masked(outputs, labels, num_items_in_batch=None):
+        counted = (labels != -100).float()
+        losses = F.cross_entropy(outputs.logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        return (losses * counted).sum() / counted.sum()
+
+    held_out = tokens(16, seed=1)
+    for row in held_out[::3]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = trained(tmp_path, compute_loss_func=masked, eval_dataset=held_out)
+    tables = []
+    for size, accumulation in ((1, 8), (8, 1)):
+        result = twa.finish(trainer, steps=4, batch_size=size, accumulation=accumulation, granularity="layer")
+        tables.append(result.league[-1].weights.table)
+    assert torch.isfinite(tables[0]).all() and (tables[0] - 0.25).abs().max() > 1e-3
+
+
+def test_missing_values_are_equal_to_themselves(tmp_path):
+    class Filled(Net):
+        def forward(self, x):
+            return super().forward(x.nan_to_num())
+
+    def holes(seed):
+        found = rows(24, seed)
+        for row in found[::2]:
+            row["x"] = row["x"].clone()
+            row["x"][0] = math.nan
+        return found
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels)
+
+    given = {"model": Filled(), "data": holes(0), "eval_dataset": holes(1), "compute_loss_func": loss}
+    trainer = trained(tmp_path, **given, remove_unused_columns=False, label_names=["labels"])
+    assert math.isfinite(twa.finish(trainer, steps=2).verdict.winner.select.loss.value)
+
+
+def test_options_may_be_tuples_and_sharding_is_refused(tmp_path):
+    trainer = trained(tmp_path)
+    names = ("*.mlp.*", "*")
+    given = twa.finish(trainer, steps=2, granularity=names)
+    of_recipe = twa.finish(trainer, steps=2, recipe=Recipe(learn=LearnConfig(granularity=names)))
+    assert len(given.weights.groups) == len(of_recipe.weights.groups)
+    for options in ({"shard": "model"}, {"recipe": Recipe(learn=LearnConfig(shard="basis"))}):
+        with pytest.raises(twa.UserError, match="whole in every process"):
+            twa.finish(trainer, **options)
 
 
 class Masking:
@@ -313,6 +418,7 @@ def test_rows_without_a_masked_token_count_nothing(tmp_path, own_loss):
     )
     trainer.train()
     result = twa.finish(trainer, steps=2, learn_on="train")
+    assert result.task == ("trainer" if own_loss else "masked-lm")
     assert all(math.isfinite(c.select.loss.value) for c in result.league)
     trainer.data_collator = Masking(seed=1)
     with pytest.raises(twa.UserError, match="differ from one time to the next"):

@@ -59,11 +59,14 @@ def without_adapters(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def merged_adapters(model: Any) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """Yield the base model and the state dict that it has with the active adapters merged in.
+def full_model(model: Any) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Yield a model and its state dict; of one with adapters the base, with the active adapters merged in.
 
     Afterwards the base has the weights it had before, exactly: taking a merge back would leave its rounding in them.
     """
+    if not is_adapted(model):
+        yield model, model.state_dict(keep_vars=True)
+        return
     base: nn.Module = model.get_base_model()
     changed = {id(p): p for layer in _tuned(base).values() for p in layer.get_base_layer().parameters()}
     before = [(p, p.detach().clone()) for p in changed.values()]

@@ -12,7 +12,7 @@ from torch import nn
 from twa_merge.errors import UserError
 from twa_merge.memory import OutOfMemory, drop_cached, is_out_of_memory, say
 from twa_merge.sharding import is_sharded
-from twa_merge.task_base import Task, to_device
+from twa_merge.task_base import Task, difference, to_device
 
 
 def _score(module: nn.Module, batch: Any, task: Task, autocast: Callable[[], Any]) -> tuple[Any, ...]:
@@ -56,14 +56,21 @@ class BatchScorer:
                 if not is_out_of_memory(error):
                     raise
                 tried = min(self.most or len(samples), len(samples))
-                if tried == 1 or not self.may_divide:
+                drawn = self._are_drawn(samples)
+                if tried == 1 or not self.may_divide or drawn:
+                    why = ", whose batches are drawn at random and cannot be divided" if drawn else ""
                     raise OutOfMemory(
-                        f"out of memory with {tried} sample(s) in a scoring pass: try a smaller --eval-batch-size, "
-                        "--mixed-precision bf16 or shorter inputs (--max-length)"
+                        f"out of memory with {tried} sample(s) in a scoring pass{why}: try a smaller "
+                        "--eval-batch-size, --mixed-precision bf16 or shorter inputs (--max-length)"
                     ) from error
                 self.most = tried // 2
             drop_cached()
             say(f"out of memory with {tried} samples in a scoring pass: going on with {self.most}")
+
+    def _are_drawn(self, samples: list[int]) -> bool:
+        """Whether batches hold random numbers: those of parts would be others, and candidates no longer compare."""
+        rows = [self.dataset[i] for i in samples]
+        return difference(self.task.collate(rows), self.task.collate(rows)) is not None
 
     def _in_parts(self, samples: list[int], size: int) -> tuple[Any, ...]:
         parts = []

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from twa_merge.adapters import check_adapters, is_adapted
+from twa_merge.adapters import check_adapters, full_model, is_adapted
 from twa_merge.checkpoints import Soup
 from twa_merge.errors import UserError
 from twa_merge.model import MergedModel
@@ -73,6 +73,7 @@ class SnapshotCallback(TrainerCallback):
             raise UserError(f"snapshots: a folder has no meaning with storage {storage}")
         self.folder = None if folder is None else Path(folder)
         self.store: Store | None = None if storage == "disk" else MemoryStore(storage)
+        self._named: Path | None = None
         self._taker: SnapshotTaker | None = None
         self._awaited: int | None = None
         self._runs = False
@@ -119,7 +120,8 @@ class SnapshotCallback(TrainerCallback):
             assert args.output_dir is not None
             self.store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if isinstance(self.store, MemoryStore):
-                self.store.describe(_unwrapped(kwargs["model"]), kwargs.get("processing_class"))
+                with full_model(_unwrapped(kwargs["model"])) as (module, _):
+                    self.store.describe(module, kwargs.get("processing_class"))
             elif self.every_n_steps is not None and state.global_step >= self.every_n_steps:
                 warnings.warn(
                     f"snapshots: none in {args.output_dir} from before step {state.global_step}, where this run goes "
@@ -139,15 +141,21 @@ class SnapshotCallback(TrainerCallback):
             self.store.remove(step)
         self._taker = SnapshotTaker(self.store)
         self._awaited, self._runs = None, True
-        if state.global_step > 0 and state.global_step not in self.store.steps and self._is_due(state, kwargs):
-            self._link_checkpoint(args, state, _unwrapped(kwargs["model"]))
+        # a run that was cut off between Trainer's save and `on_save` lacks one; of a stream, what epoch it was in at
+        # the end of that step is not known
+        told = self.every_n_steps is not None or has_length(kwargs["train_dataloader"])
+        if state.global_step > 0 and state.global_step not in self.store.steps and told and self._is_due(state, kwargs):
+            self._taker.take(state.global_step, _unwrapped(kwargs["model"]), kwargs.get("processing_class"))
 
     def store_of(self, args: TrainingArguments) -> Store:
         """Return where the snapshots of a run are kept: each run's in its own folder."""
         if isinstance(self.store, MemoryStore):
             return self.store
         assert args.output_dir is not None
-        self.store = DiskStore(self.folder or Path(args.output_dir) / FOLDER)
+        folder = self.folder or Path(args.output_dir) / FOLDER
+        if self.store is None or self._named != folder:
+            # where it is now: the caller may change the working directory
+            self.store, self._named = DiskStore(folder.absolute()), folder
         return self.store
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -173,12 +181,6 @@ class SnapshotCallback(TrainerCallback):
         else:  # Trainer takes all steps for one epoch
             done = math.ceil(epoch - 1e-6)
         return done % self.every_n_epochs == 0
-
-    def _link_checkpoint(self, args: TrainingArguments, state: TrainerState, module: nn.Module) -> None:
-        """Keep the checkpoint that a run resumes from, if it was cut off between Trainer's save and `on_save`."""
-        checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if isinstance(self.store, DiskStore) and not is_adapted(module) and checkpoint.is_dir():
-            self.store.link(state.global_step, checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._taker is None:

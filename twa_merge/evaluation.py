@@ -60,7 +60,7 @@ class Evaluation:
         return value if math.isfinite(value) else math.inf
 
     def metric(self, name: str) -> Scores:
-        """Return a metric of the task by name; `loss` is one too.
+        """Return a metric of the task by name, of the samples with a label; `loss` is one too.
 
         Raises:
             UserError: the task has no such metric.
@@ -75,8 +75,9 @@ class Evaluation:
             loss = self.loss
             ends = [metric.compute([loss.value + sign * loss.standard_error], []) for sign in (-1, 1)]
             return Scores(metric.compute([loss.value], []), abs(ends[1] - ends[0]) / 2)
-        value = metric.compute(self.predictions, self.references)
-        return Scores(value, standard_error(metric, self.predictions, self.references))
+        labelled = np.flatnonzero(self.weights_S)
+        predictions, references = ([values[i] for i in labelled] for values in (self.predictions, self.references))
+        return Scores(metric.compute(predictions, references), standard_error(metric, predictions, references))
 
     def subset(self, indices: Sequence[int]) -> Evaluation:
         """Return the evaluation of some of the samples, in the order given."""
@@ -205,8 +206,11 @@ def _weighted_mean(values_S: np.ndarray, weights_S: np.ndarray) -> Scores:
 
 
 def _check_paired(a: Evaluation, b: Evaluation) -> None:
-    if not np.array_equal(a.weights_S, b.weights_S):
+    if len(a.weights_S) != len(b.weights_S):
         raise ValueError(f"evaluations are not of the same samples: {len(a.weights_S)} and {len(b.weights_S)}")
+    if not np.array_equal(a.weights_S, b.weights_S):
+        differ = int((a.weights_S != b.weights_S).sum())
+        raise ValueError(f"evaluations are not of the same labels: {differ} samples have other numbers of them")
 
 
 def _loader(dataset: Any, batches: list[list[int]], task: Task, num_workers: int) -> Any:

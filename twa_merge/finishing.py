@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,15 @@ from twa_merge.job import Job, Result
 from twa_merge.memory import say
 from twa_merge.model import MergedModel
 from twa_merge.recipe import Recipe, with_options
-from twa_merge.snapshot_stores import MemoryStore
+from twa_merge.snapshot_stores import DiskStore, MemoryStore
 from twa_merge.splits import split_indices
-from twa_merge.task_base import Batch, Task, require_rows
-from twa_merge.task_trainer import require_labels, require_same_batches, trainer_task, warn_unless_mean
+from twa_merge.task_base import Task, require_rows
+from twa_merge.task_trainer import Collate, check_mean, require_same_batches, trainer_task
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 LEARN_ON = ("validation", "train")
-Collate = Callable[[list[Any]], Batch]
 
 
 def finish(
@@ -83,19 +83,21 @@ def finish(
         raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
     if isinstance(trainer.model, MergedModel):
         raise UserError("finish: a TWATrainer learns the merge itself; call its save_model()")
+    if "shard" in learn_options or (recipe is not None and recipe.learn.shard != "none"):
+        raise UserError(
+            "finish: shard: the trainer's model is whole in every process, and must be so afterwards; for a model that "
+            "needs more, merge the snapshots with twa-merge train --shard"
+        )
     module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     adapted = is_adapted(module)
     if adapted:
         module = without_adapters(module)
     trainer.accelerator.wait_for_everyone()  # the main process may still be writing the last snapshot
-    soup = _soup_of(trainer, module) if snapshots is None else Soup(snapshots)
-    _require_same(trainer, soup)
+    soup = _agreed(trainer, lambda: _soup_of(trainer, module) if snapshots is None else Soup(snapshots))
     splits, collate = _splits_of(trainer, module, learn_on)
     splits["test"] = test_dataset
     if task is None:
-        task = trainer_task(trainer, module)
-        if task.name != "trainer":
-            require_labels(collate([splits["held_out"][0]]))
+        task = trainer_task(trainer, module, collate, splits["held_out"])
     require_same_batches(collate, splits["held_out"])
     task = replace(task, collate=collate)
     if recipe is None:
@@ -103,7 +105,7 @@ def finish(
     recipe = _completed(recipe, trainer, output, learn_options)
     _warn_if_pushed(trainer, output)
     if task.name == "trainer":
-        warn_unless_mean(task, module, splits["held_out"], trainer)
+        check_mean(task, module, splits["held_out"], trainer)
     with _restored_on_error(module):
         result = Job(recipe, soup, splits, task=task, module=module, overwrite=overwrite).run()
         load_merge(module, soup, result.weights)
@@ -167,32 +169,50 @@ def _restored_on_error(module: nn.Module) -> Iterator[None]:
 
 
 def _soup_of(trainer: Trainer, module: nn.Module) -> Soup:
-    for callback in trainer.callback_handler.callbacks:
-        if not isinstance(callback, SnapshotCallback):
-            continue
+    callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, SnapshotCallback)]
+    for callback in callbacks:
         store = callback.store_of(trainer.args)
         if isinstance(store, MemoryStore) and trainer.accelerator.num_processes > 1:
             _spread(store, trainer, module)
         if store.steps:
             return callback.soup()
+    where = ", ".join(str(one.store.folder) for one in callbacks if isinstance(one.store, DiskStore))
+    hint = "train first" if callbacks else "add callbacks=[twa.SnapshotCallback()] to the trainer before it trains"
     raise UserError(
-        "finish: no snapshots; add callbacks=[twa.SnapshotCallback()] to the trainer before it trains, or name "
-        "checkpoints ('runs/checkpoint-*')"
+        f"finish: no snapshots{where and f' in {where}'}; {hint}, or name checkpoints ('runs/checkpoint-*')"
     )
 
 
-def _require_same(trainer: Any, soup: Soup) -> None:
-    """Raise if processes see different snapshots: each would wait for the others to score what they do not have."""
+def _agreed(trainer: Any, find: Callable[[], Soup]) -> Soup:
+    """Return the snapshots that all processes find.
+
+    Raises:
+        UserError: in all of them, if one finds none, or others: each would wait for the others to score them.
+    """
     if trainer.accelerator.num_processes == 1:
-        return
+        return find()
     from accelerate.utils import gather_object
 
-    seen = gather_object([soup.labels])
-    if any(labels != seen[0] for labels in seen):
-        counts = ", ".join(str(len(labels)) for labels in seen)
-        raise UserError(
-            f"finish: the processes see different snapshots ({counts} of them); keep them where all processes can read"
-        )
+    soup: Soup | None = None
+    try:
+        soup = find()
+        mine: tuple[tuple[str, ...], str] = (tuple(soup.labels), "")
+    except UserError as error:
+        mine = ((), str(error))
+    everyone = gather_object([mine])
+    if all(reason for _, reason in everyone):
+        raise UserError(mine[1])
+    first, first_reason = everyone[0]
+    for rank, (labels, reason) in enumerate(everyone):
+        if labels != first:
+            pair = next(pair for pair in zip_longest(first, labels, fillvalue="none") if pair[0] != pair[1])
+            why = first_reason or reason
+            raise UserError(
+                f"finish: processes 0 and {rank} see different snapshots, {' and '.join(pair)}; keep them where all "
+                f"processes can read{why and f' ({why})'}"
+            )
+    assert soup is not None
+    return soup
 
 
 def _warn_if_pushed(trainer: Trainer, output: str | Path | None) -> None:
@@ -210,24 +230,32 @@ def _warn_if_pushed(trainer: Trainer, output: str | Path | None) -> None:
 
 def _spread(store: MemoryStore, trainer: Any, module: nn.Module) -> None:
     """Give every process the snapshots that the main one holds in memory, by a file in `output_dir`."""
-    folder, main = Path(trainer.args.output_dir) / FOLDER, trainer.is_world_process_zero()
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        store.save(folder)
+    folder, main = Path(trainer.args.output_dir) / f"{FOLDER}_in_memory", trainer.is_world_process_zero()
+    failed: OSError | None = None
+    try:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            store.save(folder)
+    except OSError as error:  # the others wait
+        failed = error
     trainer.accelerator.wait_for_everyone()
-    if not main:
-        store.load(folder)
-        store.describe(module, trainer.processing_class)
-    trainer.accelerator.wait_for_everyone()
-    if main:
-        shutil.rmtree(folder)
+    try:
+        if not main:
+            store.load(folder)
+            store.describe(module, trainer.processing_class)
+    finally:
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+    if failed is not None:
+        raise UserError(f"finish: {folder}: cannot be written ({failed})") from failed
 
 
 def _features(trainer: Any, dataset: Any, *, training: bool = False) -> tuple[Any, Collate]:
     """Return a data set without the columns that the model does not take, and what makes its batches."""
     role = "train_dataset" if training else "eval_dataset"
     if dataset is None or isinstance(dataset, dict):
-        got = "none" if dataset is None else f"several ({', '.join(dataset)})"
+        got = "none" if dataset is None else f"several ({', '.join(dataset)}): set trainer.{role} to one of them"
         raise UserError(f"finish: expected the trainer to have one {role}, got {got}")
     loader = trainer.get_train_dataloader() if training else trainer.get_eval_dataloader(dataset)
     return require_rows(loader.dataset), loader.collate_fn

@@ -87,7 +87,7 @@ class HeldCheckpoints:
         """Drop a checkpoint; what the others differ from stays as long as there are any."""
         del self._held[step]
         if not self._held:
-            self._base = {}
+            self._base, self._shapes = {}, {}
 
     def header(self, step: int) -> dict[str, Entry]:
         """Return a checkpoint's tensors, as `read_header` does those of a file."""
@@ -126,18 +126,19 @@ class HeldCheckpoints:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["held"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            bits = about["bits"]
+            shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
+            base = {name: tensors[f"base.{name}"] for name in shapes}
+            held = {
+                step: {
+                    name: tuple(tensors[f"{step}.{i}.{name}"] for i in range(2) if f"{step}.{i}.{name}" in tensors)
+                    for name in shapes
+                }
+                for step in about["steps"]
+            }
         except (SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"snapshots: {path}: damaged ({error}); resume from an earlier checkpoint") from error
-        self.bits = about["bits"]
-        self._shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
-        self._base = {name: tensors[f"base.{name}"] for name in self._shapes}
-        self._held = {
-            step: {
-                name: tuple(tensors[f"{step}.{i}.{name}"] for i in range(2) if f"{step}.{i}.{name}" in tensors)
-                for name in self._shapes
-            }
-            for step in about["steps"]
-        }
+        self.bits, self._shapes, self._base, self._held = bits, shapes, base, held
 
     def _packed(self, name: str, flat: Tensor) -> tuple[Tensor, ...]:
         if not flat.dtype.is_floating_point or flat.numel() < _SMALL:

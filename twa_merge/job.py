@@ -218,6 +218,7 @@ class Job:
 
     def score_baselines(self) -> list[Candidate]:
         candidates = league.baselines(self.scorer, self.soup.labels, self.data.folds, ordered=self.recipe.ordered)
+        league.require_finite(candidates)
         basis = self.model.basis
         self.warnings = [self.data.warning] if self.data.warning is not None else []
         self.warnings += league.warnings(

@@ -197,17 +197,25 @@ def best_baseline(candidates: Sequence[Candidate]) -> Candidate:
     return min((c for c in candidates if not c.learned and not c.optimistic), key=lambda c: c.select.ranking_loss)
 
 
+def require_finite(candidates: Sequence[Candidate]) -> None:
+    """Raise if there is nothing to decide by.
+
+    Raises:
+        UserError: no candidate's select loss is finite.
+    """
+    if all(math.isinf(candidate.select.ranking_loss) for candidate in candidates):
+        raise UserError(
+            "no candidate has a finite loss on the held-out samples that decide: do they have labels, or do the "
+            "checkpoints hold NaN?"
+        )
+
+
 def choose(candidates: Sequence[Candidate], margin: float) -> Verdict:
     """Return the learned merge if its select loss beats the best baseline's by `margin` paired standard errors.
 
     The best baseline is the one with the lowest select loss. Otherwise that baseline ships.
     """
     baseline = best_baseline(candidates)
-    if math.isinf(baseline.select.ranking_loss):
-        raise UserError(
-            "no candidate has a finite loss on the held-out samples that decide: do some have no label, or do the "
-            "checkpoints hold NaN?"
-        )
     learned = [c for c in candidates if c.learned]
     if not learned:
         return Verdict(baseline, f"{baseline.name} has the lowest select loss")

@@ -92,7 +92,7 @@ def random_basis(soup: Soup, module: nn.Module, groups: Groups, *, dimensions: i
     for row, names in enumerate(groups.values()):
         numel = sum(around.blocks[name].centre().numel() for name in names)
         # taking out their mean leaves (R - 1) / R of the squared lengths of R directions
-        scale = float(around.norms[row].square().mean().sqrt()) / max(1, numel * dimensions / (dimensions + 1)) ** 0.5
+        scale = float(around.norms[row].square().mean().sqrt()) / (max(1, numel) * dimensions / (dimensions + 1)) ** 0.5
         for name in names:
             block = RandomBlock(dimensions + 1, around.blocks[name].centre(), scale, seed * 1_000_003 + len(blocks))
             blocks[name] = block

@@ -138,8 +138,9 @@ def from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def with_options(learn: LearnConfig, options: Mapping[str, Any], where: str) -> LearnConfig:
     """Return a `learn` section with some values replaced, as strictly checked as those of a file; tuples are lists."""
-    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    return typing.cast(LearnConfig, _build(LearnConfig, dataclasses.asdict(learn) | given, where, ""))
+    given = dataclasses.asdict(learn) | dict(options)
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    return typing.cast(LearnConfig, _build(LearnConfig, plain, where, ""))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from twa_merge.adapters import is_adapted
 from twa_merge.errors import UserError
 from twa_merge.held import HeldCheckpoints
 from twa_merge.sources import SIDE_SUFFIXES, Source, find_sources, natural_key
@@ -137,12 +136,11 @@ class MemoryStore:
         self.held.add(step, _first_of_ties(state))
 
     def describe(self, module: nn.Module, processor: Any) -> None:
-        """Keep config and tokenizer or image processor."""
-        base: Any = module.get_base_model() if is_adapted(module) else module  # type: ignore[operator]
-        config: Any = copy.deepcopy(getattr(base, "config", None))
+        """Keep config and tokenizer or image processor of a model without adapters."""
+        config: Any = copy.deepcopy(getattr(module, "config", None))
         if hasattr(config, "architectures"):
-            config.architectures = [type(base).__name__]  # not of the model that this one was loaded from
-        parts: tuple[Any, ...] = (config, getattr(base, "generation_config", None), processor)
+            config.architectures = [type(module).__name__]  # not of the model that this one was loaded from
+        parts: tuple[Any, ...] = (config, getattr(module, "generation_config", None), processor)
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(self._side.name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twa_merge.adapters import is_adapted, merged_adapters
+from twa_merge.adapters import full_model
 from twa_merge.snapshot_stores import Store
 
 
@@ -37,11 +37,8 @@ class SnapshotTaker:
             OSError: an earlier snapshot could not be written.
         """
         self.wait()  # the copy in memory is still being read
-        if is_adapted(module):
-            with merged_adapters(module) as (module, state):
-                copied = self._copy(state)
-        else:
-            copied = self._copy(module.state_dict(keep_vars=True))
+        with full_model(module) as (module, state):
+            copied = self._copy(state)
         arrived = None
         if any(tensor.is_cuda for tensor in module.parameters()):
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -70,9 +70,11 @@ def require_disjoint(rows: Mapping[str, Rows]) -> None:
         for (split, first, beyond), (name, start, end) in ((x, y) for x in a.ranges for y in b.ranges):
             shared = range(max(first, start), min(beyond, end))
             if split == name and len(shared):
+                named = isinstance(a.source, str)
+                mend = f"name splits that share no row, such as {split}[:80%] and {split}[80%:]"
                 raise UserError(
                     f"data: rows {shared.start} to {shared.stop - 1} of {split!r} are {role} and {other} data; "
-                    f"name splits that share no row, such as {split}[:80%] and {split}[80%:]"
+                    f"{mend if named else 'give sets that share no row'}"
                 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twa_merge.errors import UserError
@@ -13,6 +14,9 @@ from twa_merge.metrics import Metric
 
 Batch = dict[str, Any]
 """What `module(**batch)` gets (any other structure of tensors for `module_task`)."""
+
+IGNORED = -100
+"""The label of what counts nothing, as everywhere in transformers."""
 
 Layouts = Sequence[Mapping[str, str]]
 """Guesses, best first: which column plays which role."""
@@ -49,6 +53,24 @@ class Task:
 def without_labels(module: nn.Module, batch: Batch) -> Any:
     """Return the module's outputs; the task computes the loss, so the module need not do so as well."""
     return module(**{name: value for name, value in batch.items() if name != "labels"})
+
+
+def difference(one: Any, other: Any) -> str | None:
+    """Return where two batches hold other values: a key, an empty string where there are no keys, or None if nowhere.
+
+    Tensors count, however nested in mappings and sequences.
+    """
+    if isinstance(one, Tensor):
+        same = torch.equal(one, other)
+        if not same and one.is_floating_point() and one.shape == other.shape:
+            same = torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        return None if same else ""
+    if isinstance(one, Mapping):
+        return next((str(key) for key in one if difference(one[key], other[key]) is not None), None)
+    if isinstance(one, (tuple, list)):
+        pairs = zip(one, other, strict=False)
+        return "" if len(one) != len(other) or any(difference(*pair) is not None for pair in pairs) else None
+    return None
 
 
 def logits_of(outputs: Any) -> Tensor:

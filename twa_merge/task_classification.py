@@ -143,18 +143,13 @@ def pad(tokenizer: Any, samples: list[dict[str, Any]]) -> Batch:
     return dict(DataCollatorWithPadding(tokenizer)(samples))
 
 
-def count_samples(batch: Batch) -> Tensor:
-    """Return B as a 0-d float."""
-    return torch.tensor(float(len(batch["labels"])))
-
-
 def classification_task(what: str, labels: LabelSpace, prepare: Any, collate: Any, metrics: tuple[Metric, ...]) -> Task:
     """Return the task of a model whose logits and `labels` are of this space."""
     return Task(
         name=what,
         prepare=prepare,
         collate=collate,
-        count=count_samples,
+        count=labels.count,
         sample_losses=labels.sample_losses,
         predictions=labels.predictions,
         metrics=metrics,

@@ -16,11 +16,10 @@ from torch.nn import functional
 
 from twa_merge.errors import UserError
 from twa_merge.metrics import Metric
-from twa_merge.task_base import Batch, Task, check_text, check_tokens, find_columns, logits_of, plain_rows
+from twa_merge.task_base import IGNORED, Batch, Task, check_text, check_tokens, find_columns, logits_of, plain_rows
 
 CAUSAL_ROLES = ("text",)
 SEQ2SEQ_ROLES = ("source", "target")
-IGNORED = -100
 _TEXTS = ({"text": "text"}, {"text": "content"}, {"text": "sentence"}, {"text": "review"})
 _PAIRS = (
     {"source": "source", "target": "target"},

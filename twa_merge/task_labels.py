@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from twa_merge.errors import UserError
-from twa_merge.task_base import Batch, column_values, logits_of
+from twa_merge.task_base import IGNORED, Batch, column_values, logits_of
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
@@ -64,15 +64,21 @@ class LabelSpace:
         return torch.tensor(labels, dtype=torch.int64 if self.problem == SINGLE else torch.float32)
 
     def sample_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the losses (B,) that transformers' classification heads average, and weights of one."""
+        """Return the losses (B,) that transformers' classification heads average, and weights: zero without a label."""
         logits_BC, labels = logits_of(outputs), batch["labels"]
         if self.problem == SINGLE:
-            loss_B = functional.cross_entropy(logits_BC, labels, reduction="none")
-        elif self.problem == MULTI:
+            loss_B = functional.cross_entropy(logits_BC, labels, reduction="none", ignore_index=IGNORED)
+            return loss_B, (labels != IGNORED).to(loss_B)
+        if self.problem == MULTI:
             loss_B = functional.binary_cross_entropy_with_logits(logits_BC, labels, reduction="none").mean(dim=1)
         else:
             loss_B = (logits_BC - labels.reshape(logits_BC.shape)).square().mean(dim=1)
         return loss_B, torch.ones_like(loss_B)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return how many samples of a batch have a label, as a 0-d float."""
+        labels = batch["labels"]
+        return (labels != IGNORED).sum().float() if self.problem == SINGLE else torch.tensor(float(len(labels)))
 
     def predictions(self, outputs: Any, batch: Batch) -> tuple[list[Any], list[Any]]:
         """Return B predictions and references: class numbers, lists of C zeros and ones, or numbers."""

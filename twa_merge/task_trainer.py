@@ -15,49 +15,99 @@ from twa_merge.evaluation import evaluation_mode
 from twa_merge.memory import say
 from twa_merge.metrics import get_metric
 from twa_merge.random_numbers import fixed_random_numbers
-from twa_merge.task_base import Batch, Task, require_rows, to_device, without_labels
+from twa_merge.task_base import IGNORED, Batch, Task, call_module, difference, require_rows, to_device, without_labels
 from twa_merge.task_classification import classification_task
 from twa_merge.task_custom import batch_size_of
-from twa_merge.task_generation import IGNORED, logits_of_tokens, token_losses
+from twa_merge.task_generation import logits_of_tokens, token_losses
 from twa_merge.task_labels import SINGLE, LabelSpace
 from twa_merge.tasks import guess_task
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+Collate = Callable[[list[Any]], Batch]
 
-def trainer_task(trainer: Trainer, module: nn.Module) -> Task:
-    """Return losses and metrics of what a trainer trains: a loss for each sample where the kind of model is known."""
-    common: dict[str, Any] = {"prepare": require_rows, "collate": trainer.data_collator}
-    config = getattr(module, "config", None)
-    try:
-        stock, name = config is not None and _has_stock_loss(trainer, module), type(module).__name__
-        kind = None if not stock else "masked-lm" if name.endswith("ForMaskedLM") else guess_task([name])
-    except UserError:
-        kind = None
-    if kind in ("text-classification", "image-classification"):
-        labels = LabelSpace.of(config)
-        accuracy = (get_metric("accuracy"),) if labels.problem == SINGLE else ()
-        return classification_task(kind, labels, require_rows, trainer.data_collator, accuracy)
-    if kind is not None:
-        shift = 1 if kind == "causal-lm" else 0
-        return Task(
-            name=kind,
-            count=lambda batch: (batch["labels"][:, shift:] != IGNORED).sum().float(),
-            sample_losses=lambda outputs, batch: _token_losses(outputs, batch, shift),
-            predictions=None,
-            metrics=(get_metric("perplexity"),),
-            forward=without_labels if shift else lambda module, batch: module(**batch),
-            **common,
-        )
+
+def trainer_task(trainer: Trainer, module: nn.Module, collate: Collate, dataset: Any) -> Task:
+    """Return losses and metrics of what a trainer trains.
+
+    A loss for each sample where the kind of model is known, and its mean over a few samples is the model's own loss of
+    them; else the trainer's loss, scored sample by sample.
+
+    Args:
+        collate: makes the trainer's batches.
+        dataset: samples to try.
+    """
+    if _has_stock_loss(trainer, module):
+        kind = _kind_of(module)
+        task = None if kind is None else _tried(kind, trainer, module, collate, dataset)
+        if task is not None:
+            return task
     return Task(
         name="trainer",
-        count=lambda batch: torch.tensor(float(batch_size_of(batch))),
+        prepare=require_rows,
+        collate=collate,
+        count=_labelled,
         sample_losses=_one_loss,
         predictions=None,
         forward=_loss_of(trainer),
         per_sample=False,
-        **common,
+    )
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if name.endswith("ForMaskedLM"):
+        return "masked-lm"
+    try:
+        return guess_task([name])
+    except UserError:
+        return None
+
+
+def _tried(kind: str, trainer: Any, module: Any, collate: Collate, dataset: Any) -> Task | None:
+    """Return the task of a kind of model, or None where it gives another loss than the model itself."""
+    rows = [dataset[i] for i in range(min(8, len(dataset), trainer.args.eval_batch_size))]
+    with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
+        batch = to_device(collate(rows), trainer.accelerator.device)
+        require_labels(batch)
+        # what routers of experts add to it balances them in training, and says nothing of a merge
+        routers = {"output_router_logits": False} if getattr(module.config, "output_router_logits", False) else {}
+        found = module(**batch, **routers)  # with labels, the model also finds its problem_type
+        own = float(found["loss"] if isinstance(found, Mapping) else found[0])
+        task = _task_of(kind, module.config, collate)
+        outputs = task.forward(module, batch)
+        try:
+            losses, weights = task.sample_losses(outputs, batch)
+        except (IndexError, RuntimeError, ValueError):  # of shapes that this kind does not have
+            losses = weights = torch.zeros(0)
+    ours = float((losses * weights).sum() / weights.sum()) if len(losses) == len(rows) else math.inf
+    close = 1e-3 if all(p.dtype == torch.float32 for p in module.parameters()) else 1e-2
+    if math.isclose(own, ours, rel_tol=close, abs_tol=1e-6) or not math.isfinite(own):
+        return task
+    say(
+        f"{type(module).__name__}: its loss here is not that of {kind}; it is taken as it is, sample by sample",
+        main_process=trainer.is_world_process_zero(),
+    )
+    return None
+
+
+def _task_of(kind: str, config: Any, collate: Collate) -> Task:
+    if kind in ("text-classification", "image-classification"):
+        labels = LabelSpace.of(config)
+        accuracy = (get_metric("accuracy"),) if labels.problem == SINGLE else ()
+        return classification_task(kind, labels, require_rows, collate, accuracy)
+    shift = 1 if kind == "causal-lm" else 0
+    return Task(
+        name=kind,
+        prepare=require_rows,
+        collate=collate,
+        count=lambda batch: (batch["labels"][:, shift:] != IGNORED).sum().float(),
+        sample_losses=lambda outputs, batch: _token_losses(outputs, batch, shift),
+        predictions=None,
+        metrics=(get_metric("perplexity"),),
+        # a decoder's input is made of the labels
+        forward=call_module if kind == "seq2seq" else without_labels,
     )
 
 
@@ -70,7 +120,7 @@ def _has_stock_loss(trainer: Any, module: nn.Module) -> bool:
     return not own and trainer.label_smoother is None
 
 
-def require_labels(batch: Batch) -> None:
+def require_labels(batch: Mapping[str, Any]) -> None:
     """Raise if a batch of a known kind of model has nothing to learn from or decide by."""
     if "labels" not in batch:
         raise UserError(
@@ -79,8 +129,12 @@ def require_labels(batch: Batch) -> None:
         )
 
 
-def warn_unless_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) -> None:
-    """Say so if the loss of a few samples is not the mean of theirs: candidates are scored sample by sample."""
+def check_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) -> None:
+    """Say so if the loss of a few samples is not the mean of theirs: candidates are scored sample by sample.
+
+    Raises:
+        UserError: the loss of a sample alone is the same for all, as contrastive ones are.
+    """
     rows = [dataset[i] for i in range(min(4, len(dataset)))]
 
     def loss(samples: list[Any]) -> float:
@@ -88,8 +142,17 @@ def warn_unless_mean(task: Task, module: nn.Module, dataset: Any, trainer: Train
 
     with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
         whole, each = loss(rows), [loss([row]) for row in rows]
-    each = [value for value in each if math.isfinite(value)]  # there may be samples without a label
+    if not math.isfinite(whole):
+        return  # none of them has a label
+    each = [value for value in each if math.isfinite(value)]
     low, high = min(each, default=whole), max(each, default=whole)
+    alike = len(each) > 1 and math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-9)
+    if alike and not math.isclose(whole, low, rel_tol=1e-3, abs_tol=1e-6):
+        raise UserError(
+            f"finish: the trainer's loss of any one sample alone is {low:.4g}, of {len(rows)} together {whole:.4g}: a "
+            "loss of whole batches, by which merges cannot be compared sample by sample; pass task= with a loss for "
+            "each sample"
+        )
     # weighted means, of samples with unequal numbers of labels, lie between
     if not low - 0.01 * abs(low) <= whole <= high + 0.01 * abs(high):
         say(
@@ -116,18 +179,30 @@ def require_same_batches(collate: Callable[[list[Any]], Batch], dataset: Any) ->
         with fixed_random_numbers():
             return collate([dataset[i] for i in range(min(4, len(dataset)))])
 
-    one, two = batch(), batch()
-    if not isinstance(one, Mapping):
-        return
-    if any(isinstance(value, Tensor) and not torch.equal(value, two[name]) for name, value in one.items()):
+    where = difference(batch(), batch())
+    if where is not None:
         raise UserError(
-            "finish: batches of the same samples differ from one time to the next, so that candidates would be "
-            "compared on different ones: the data_collator draws from a generator of its own; give it no seed"
+            f"finish: batches of the same samples differ from one time to the next{where and f' ({where})'}, so that "
+            "candidates would be compared on different ones: the data set or the data_collator draws from a generator "
+            "of its own; give it no seed"
         )
 
 
-def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _labelled(batch: Batch) -> Tensor:
+    """Return how many samples of a batch have a label."""
+    size = batch_size_of(batch)
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.numel() and (labels == IGNORED).all():
-        return torch.zeros(1, device=loss.device), torch.zeros(1, device=loss.device)  # a mean of nothing is NaN
-    return loss.float().reshape(1), torch.full((1,), float(batch_size_of(batch)), device=loss.device)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or not labels.numel()
+        or labels.shape[:1] != (size,)
+    ):
+        return torch.tensor(float(size))
+    return (labels != IGNORED).reshape(size, -1).any(dim=1).sum().float()
+
+
+def _one_loss(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    count = _labelled(batch).to(loss.device)
+    # a mean over no label is NaN
+    return torch.where(count > 0, loss.float(), 0).reshape(1), count.reshape(1)

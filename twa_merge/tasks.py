@@ -127,6 +127,10 @@ def build_task(
     config = _load("AutoConfig", checkpoint)
     if name in ("text-classification", "image-classification"):
         return _classification(name, checkpoint, config, columns, max_length, metrics, problem_type)
+    if name == "seq2seq" and not config.is_encoder_decoder:  # the Auto class has some that are none, of audio
+        raise UserError(
+            f"seq2seq: expected an encoder-decoder, got {config.model_type}; bring a data.preprocess hook of your own"
+        )
     chosen = _choose_metrics(name, metrics, None)
     tokenizer = load_tokenizer(checkpoint, config, needs_padding=name == "seq2seq")
     length = max_length

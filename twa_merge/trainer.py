@@ -226,6 +226,11 @@ class TWATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load coefficients, if they are of these checkpoints and mean the same."""
+        if not Path(resume_from_checkpoint, "mixing_weights.safetensors").is_file():
+            raise UserError(
+                f"{resume_from_checkpoint}: no checkpoint of a TWATrainer, or damaged: mixing_weights.safetensors is "
+                "not there; resume from an earlier one"
+            )
         saved, now = MixingWeights.load(resume_from_checkpoint), self.model.mixing_weights()
         known = saved.fingerprints == now.fingerprints and saved.groups == now.groups and saved.linear == now.linear
         if known:

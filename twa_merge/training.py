@@ -145,12 +145,14 @@ class _Run:
         """
         model = self.model
         coefficients = model.twa_coefficients
-        counts = torch.stack([task.count(batch) for batch in micro_batches]).sum().to(coefficients.device)
-        count = self.accelerator.reduce(counts.float(), reduction="sum")
+        counts = torch.stack([task.count(batch) for batch in micro_batches]).float()
+        count = self.accelerator.reduce(counts.sum().to(coefficients.device), reduction="sum")
         value = torch.zeros((), device=coefficients.device)
         failed = False
         try:
-            for batch in micro_batches:
+            for batch, labelled in zip(micro_batches, counts.tolist(), strict=True):
+                if not labelled and not model.is_sharded:
+                    continue  # a loss over no label may be NaN, and its gradient too; sharded, all make every pass
                 with self.accelerator.autocast():
                     outputs = task.forward(model, batch)
                 losses, weights = task.sample_losses(outputs, batch)
