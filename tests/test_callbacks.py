@@ -409,3 +409,94 @@ def test_snapshots_in_memory_that_are_damaged_or_elsewhere(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(twa.UserError, match="damaged"):
         make(tmp_path / "a").train(resume_from_checkpoint=True)
+
+
+def test_the_weights_that_a_run_goes_on_with_are_kept_whatever_its_own_folder_holds(tmp_path):
+    """A run resumed from elsewhere, into a folder where another run has left a checkpoint of the same step."""
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    make_trainer(tmp_path / "a", **settings).train()
+    make_trainer(tmp_path / "b", model=factory.make_model("gpt2", seed=7), **settings).train()
+    callback = twa.SnapshotCallback(every_n_steps=3)
+    trainer = make_trainer(tmp_path / "b", callbacks=[callback], **settings)
+    with pytest.warns(UserWarning, match="none in"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-6"))
+    assert steps(callback) == [6, 9, 12]
+    kept = AutoModelForCausalLM.from_pretrained(callback.snapshots[0]).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "a/checkpoint-6").state_dict().items():
+        assert torch.equal(kept[name], value)
+
+
+def test_a_stream_that_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    settings = {"data": Stream(), "save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+    callback = twa.SnapshotCallback(every_n_epochs=1)
+    make_trainer(tmp_path, callbacks=[callback], **settings).train()
+    assert steps(callback) == [6, 12]
+    again = twa.SnapshotCallback(every_n_epochs=1)
+    make_trainer(tmp_path, callbacks=[again], **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert steps(again) == [6, 12]
+
+
+def test_a_callback_in_memory_serves_a_second_run_that_is_cut_off_before_its_first(tmp_path):
+    callback = twa.SnapshotCallback(every_n_steps=6, storage="int8", overwrite=True)
+    make_trainer(tmp_path / "a", callbacks=[callback]).train()
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "b", callbacks=[callback, Watch(upto=5)], **settings).train()
+    again = twa.SnapshotCallback(every_n_steps=6, storage="int8")
+    make_trainer(tmp_path / "b", callbacks=[again], **settings).train(resume_from_checkpoint=True)
+    assert again.store.steps == [6, 12]
+
+
+class Moves(TrainerCallback):
+    """Changes the working directory in the middle of a run."""
+
+    def __init__(self, monkeypatch, folder):
+        self.monkeypatch, self.folder = monkeypatch, folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            self.monkeypatch.chdir(self.folder)
+
+
+def test_the_working_directory_may_change(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    callback = twa.SnapshotCallback(every_n_steps=3)
+    trainer = make_trainer("run", callbacks=[callback, Moves(monkeypatch, tmp_path / "elsewhere")])
+    trainer.train()
+    assert steps(callback) == [3, 6, 9, 12]
+    assert twa.finish(trainer, steps=2).weights.num_checkpoints == 4
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_model_in_parts_is_refused(tmp_path):
+    """Tensor parallelism asks for nothing in the arguments or the environment."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = nn.Linear(4, 4)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, init_device_mesh("cpu", (1,)), [Shard(0)]))
+        trainer = make_trainer(tmp_path / "run")
+        with pytest.raises(twa.UserError, match="no process has the whole model"):
+            twa.SnapshotCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=module)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_untied_head_is_untied_after_a_resume_too(tmp_path):
+    """The head alone is trained, while the config says that it is the embedding."""
+    peft = pytest.importorskip("peft")
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    tables = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"], r=2, fan_in_fan_out=True)
+        model = peft.get_peft_model(factory.make_model("gpt2"), config)
+        callback = twa.SnapshotCallback(every_n_steps=3, storage="int8")
+        trainer = make_trainer(tmp_path, model=model, callbacks=[callback], **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resumed else None)
+        tables.append(twa.finish(trainer, steps=2, granularity="layer").league[-1].weights.table)
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-3, atol=1e-4)

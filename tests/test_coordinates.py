@@ -191,6 +191,15 @@ def test_a_whole_run(tmp_path, options):
     assert learned.weights.linear == options.get("linear", False)
 
 
+def test_random_directions_of_one_element_are_as_long_as_the_deltas_on_average(tmp_path):
+    module = nn.Linear(1, 1, bias=False)
+    for value in (-1.0, 1.0):
+        save_file({"weight": torch.full((1, 1), value)}, tmp_path / f"{value}.safetensors")
+    soup = twa.Soup(sorted(tmp_path.glob("*.safetensors")))
+    bases = [twa.random_basis(soup, module, {"all": ("weight",)}, dimensions=1, seed=seed) for seed in range(300)]
+    assert float(torch.stack([basis.norms.square().mean() for basis in bases]).mean()) == pytest.approx(1, abs=0.25)
+
+
 def test_random_directions_are_made_anew_and_learn(tmp_path):
     from twa_merge.basis import mergeable_parameters
     from twa_merge.groups import group_parameters

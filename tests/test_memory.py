@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 import twa_merge as twa
 from twa_merge import blocks, job_model, memory
+from twa_merge.evaluation import evaluate
 from twa_merge.memory import OutOfMemory, is_out_of_memory, smaller_batch
 from twa_merge.recipe import DataConfig, Recipe
 
@@ -85,6 +86,20 @@ def test_scoring_goes_on_in_smaller_passes(soup, capsys):
         assert a.select.loss.value == pytest.approx(b.select.loss.value, rel=1e-5)
         assert a.select.predictions == b.select.predictions
     assert "out of memory with 16 samples in a scoring pass: going on with 8" in capsys.readouterr().err
+
+
+def test_batches_that_are_drawn_at_random_are_not_divided():
+    """Their parts would hold other masks than the whole, with which other candidates were scored."""
+
+    def noisy(samples):
+        x, y = default_collate(samples)
+        return x + torch.rand_like(x), y
+
+    module = Hungry()
+    module.most[False] = 5
+    task = twa.module_task(nn.functional.cross_entropy, collate=noisy)
+    with pytest.raises(OutOfMemory, match=r"16 sample.*drawn at random and cannot be divided: try a smaller"):
+        evaluate(module, DATA, task, batch_size=16)
 
 
 def test_where_one_sample_is_too_much_the_basis_gets_smaller(soup, tmp_path, monkeypatch, capsys):

@@ -284,6 +284,9 @@ def test_wrong_names_and_folders(tmp_path):
         load_module("nli", tmp_path)
     with pytest.raises(UserError, match=r"no config\.json"):
         build_task("causal-lm", tmp_path)
+    save_gpt2(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="expected an encoder-decoder, got gpt2"):
+        build_task("seq2seq", tmp_path / "gpt2")
     save_bert(tmp_path, num_labels=2)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").unlink()

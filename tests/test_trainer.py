@@ -262,3 +262,7 @@ def test_mistakes(soup, tmp_path):
         twa.TWATrainer(soup, twa.TWAConfig(str(tmp_path), use_cpu=True), train_dataset=rows(), model_init=Net)
     with pytest.raises(twa.UserError, match="expected one data set to learn on, got several"):
         twa.TWATrainer(soup, twa.TWAConfig(str(tmp_path), use_cpu=True), eval_dataset={"a": rows(), "b": rows()})
+    (tmp_path / "checkpoint-3").mkdir()
+    trainer = twa.TWATrainer(soup, twa.TWAConfig(str(tmp_path), use_cpu=True, max_steps=1), train_dataset=rows())
+    with pytest.raises(twa.UserError, match="checkpoint-3: no checkpoint of a TWATrainer, or damaged"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -83,10 +84,20 @@ def test_a_folder_named_like_a_checkpoint_gets_a_model_when_the_user_asks(member
     assert len(factory.read_tensors(tmp_path / "out/checkpoint-3")) == 1
 
 
+def shifted_cross_entropy(reduction):
+    def loss(outputs, labels, num_items_in_batch=None):
+        found = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+        return found / num_items_in_batch if reduction == "sum" else found
+
+    return loss
+
+
+@pytest.mark.parametrize("loss", ["model", "sum", "mean"])
 @pytest.mark.parametrize("regularization", [0.0, 0.5])
-def test_accumulation_weighs_tokens_not_passes(members, tmp_path, regularization):
+def test_accumulation_weighs_tokens_not_passes(members, tmp_path, regularization, loss):
+    """Whether the losses of passes are shares of the step's, by the model or by Trainer's convention, or means."""
     data = tokens(48, length=16)
-    for row in data[1::2]:
+    for row in data[1::2] if loss != "mean" else ():
         row["labels"] = row["labels"].clone()
         row["labels"][2:] = -100
 
@@ -100,6 +111,10 @@ def test_accumulation_weighs_tokens_not_passes(members, tmp_path, regularization
             gradient_accumulation_steps=accumulation,
             **settings,
         )
+        if loss != "model":
+            trainer.compute_loss_func = shifted_cross_entropy(loss)
+        if loss == "mean":
+            trainer.loss_is_scaled_for_ga = False
         trainer.train()
         return trainer.model.twa_coefficients.detach().clone()
 
