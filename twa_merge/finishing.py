@@ -66,28 +66,22 @@ def finish(
             none.
         test_dataset: scored once, at the end.
         task: losses and metrics; default those of classification or language models where the model is one of
-            transformers' own, else the trainer's loss, scored sample by sample. `compute_metrics` is not used, nor the
-            collate of a task: the trainer's makes the batches.
+            transformers' own and its loss of a batch agrees, else the trainer's loss, scored sample by sample.
+            `compute_metrics` is not used, nor the collate of a task: the trainer's makes the batches.
         output: also write the merged model and the report to this folder.
         overwrite: replace an earlier merge at `output`.
         recipe: everything else; default batches no larger than the trainer's. `learn_options` (`lr`, `epochs`,
             `granularity`, ...) override its `learn` part.
 
     Returns:
-        What `twa.train` returns; `print` it for the table.
+        What `twa.train` returns; `print` it for the table. Its losses are the model's own, of all samples or tokens;
+        `trainer.evaluate()` gives others (transformers 5.23: for shifted labels of T tokens `(T - 1) / T` of them, and
+        with K processes K times as much).
 
     Raises:
         UserError: no snapshots, no evaluation data, or something else the caller can mend; the model is as it was.
     """
-    if learn_on not in LEARN_ON:
-        raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
-    if isinstance(trainer.model, MergedModel):
-        raise UserError("finish: a TWATrainer learns the merge itself; call its save_model()")
-    if "shard" in learn_options or (recipe is not None and recipe.learn.shard != "none"):
-        raise UserError(
-            "finish: shard: the trainer's model is whole in every process, and must be so afterwards; for a model that "
-            "needs more, merge the snapshots with twa-merge train --shard"
-        )
+    _require_usable(trainer, learn_on, learn_options.get("shard", "none" if recipe is None else recipe.learn.shard))
     module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     adapted = is_adapted(module)
     if adapted:
@@ -113,6 +107,18 @@ def finish(
         trainer.model = trainer.model_wrapped = module
         trainer.optimizer = trainer.lr_scheduler = None  # those of the adapters
     return result
+
+
+def _require_usable(trainer: Trainer, learn_on: str, shard: str) -> None:
+    if learn_on not in LEARN_ON:
+        raise UserError(f"learn_on: expected {' or '.join(LEARN_ON)}, got {learn_on!r}")
+    if isinstance(trainer.model, MergedModel):
+        raise UserError("finish: a TWATrainer learns the merge itself; call its save_model()")
+    if shard != "none":
+        raise UserError(
+            "finish: shard: the trainer's model is whole in every process, and must be so afterwards; for a model that "
+            "needs more, merge the snapshots with twa-merge train --shard"
+        )
 
 
 def _splits_of(trainer: Trainer, module: nn.Module, learn_on: str) -> tuple[dict[str, Any], Collate]:
