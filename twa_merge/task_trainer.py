@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ Collate = Callable[[list[Any]], Batch]
 def trainer_task(trainer: Trainer, module: nn.Module, collate: Collate, dataset: Any) -> Task:
     """Return losses and metrics of what a trainer trains.
 
-    A loss for each sample where the kind of model is known, and its mean over a few samples is the model's own loss of
+    A loss for each sample where the kind of model is known, and its mean over two samples is the model's own loss of
     them; else the trainer's loss, scored sample by sample.
 
     Args:
@@ -67,8 +68,8 @@ def _kind_of(module: nn.Module) -> str | None:
 
 def _tried(kind: str, trainer: Any, module: Any, collate: Collate, dataset: Any) -> Task | None:
     """Return the task of a kind of model, or None where it gives another loss than the model itself."""
-    rows = [dataset[i] for i in range(min(8, len(dataset), trainer.args.eval_batch_size))]
-    with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
+    rows = [dataset[i] for i in range(min(2, len(dataset), trainer.args.eval_batch_size))]  # logits may be large
+    with _scoring(trainer, module):
         batch = to_device(collate(rows), trainer.accelerator.device)
         require_labels(batch)
         # what routers of experts add to it balances them in training, and says nothing of a merge
@@ -82,7 +83,7 @@ def _tried(kind: str, trainer: Any, module: Any, collate: Collate, dataset: Any)
         except (IndexError, RuntimeError, ValueError):  # of shapes that this kind does not have
             losses = weights = torch.zeros(0)
     ours = float((losses * weights).sum() / weights.sum()) if len(losses) == len(rows) else math.inf
-    close = 1e-3 if all(p.dtype == torch.float32 for p in module.parameters()) else 1e-2
+    close = 1e-3 if all(p.dtype == torch.float32 for p in module.parameters()) else 5e-3
     if math.isclose(own, ours, rel_tol=close, abs_tol=1e-6) or not math.isfinite(own):
         return task
     say(
@@ -90,6 +91,13 @@ def _tried(kind: str, trainer: Any, module: Any, collate: Collate, dataset: Any)
         main_process=trainer.is_world_process_zero(),
     )
     return None
+
+
+@contextlib.contextmanager
+def _scoring(trainer: Any, module: nn.Module) -> Iterator[None]:
+    """Run a module as it is scored: in the trainer's precision, without gradients, on the same random numbers."""
+    with torch.no_grad(), evaluation_mode(module), fixed_random_numbers(), trainer.compute_loss_context_manager():
+        yield
 
 
 def _task_of(kind: str, config: Any, collate: Collate) -> Task:
@@ -140,7 +148,7 @@ def check_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) ->
     def loss(samples: list[Any]) -> float:
         return float(task.forward(module, to_device(task.collate(samples), trainer.accelerator.device)))
 
-    with torch.no_grad(), evaluation_mode(module), fixed_random_numbers():
+    with _scoring(trainer, module):
         whole, each = loss(rows), [loss([row]) for row in rows]
     if not math.isfinite(whole):
         return  # none of them has a label
