@@ -113,6 +113,7 @@ def test_accumulation_weighs_tokens_not_passes(members, tmp_path, regularization
         )
         if loss != "model":
             trainer.compute_loss_func = shifted_cross_entropy(loss)
+            trainer.model_accepts_loss_kwargs = False
         if loss == "mean":
             trainer.loss_is_scaled_for_ga = False
         trainer.train()
