@@ -302,34 +302,39 @@ def test_a_loss_of_whole_batches_is_warned_of_or_refused(tmp_path, capsys):
 
 
 def unshifted(seed):
-    """Return rows for decoders that do not shift their labels: those are the next tokens already."""
-    return [{"input_ids": row["input_ids"][:-1], "labels": row["input_ids"][1:]} for row in tokens(24, seed=seed)]
+    """Return rows for decoders that do not shift their labels: those are the next tokens already; none in the first."""
+    found = [{"input_ids": row["input_ids"][:-1], "labels": row["input_ids"][1:]} for row in tokens(24, seed=seed)]
+    return [row | {"labels": torch.full_like(row["labels"], -100)} for row in found[:3]] + found[3:]
 
 
 def test_a_loss_that_is_not_that_of_its_kind_is_taken_as_it_is(tmp_path, capsys):
     config = BartConfig(**factory._MARIAN, is_decoder=True, add_cross_attention=False)
     torch.manual_seed(0)
     given = {"model": BartForCausalLM(config), "data": unshifted(0), "eval_dataset": unshifted(1)}
-    trainer = trained(tmp_path, **given)
+    trainer = trained(tmp_path, **given, per_device_eval_batch_size=24)
     result = twa.finish(trainer, learn_on="train", steps=2)
     assert result.task == "trainer" and "its loss here is not that of causal-lm" in capsys.readouterr().err
     assert result.verdict.winner.select.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["some without a label", "several labels"])
+@pytest.mark.parametrize("kind", ["some without a label", "several labels", "few bits, in a column"])
 def test_labels_are_those_that_the_model_takes(tmp_path, kind):
     def classified(count, seed):
         rows = tokens(count, seed=seed)
         for i, row in enumerate(rows):
             label = torch.randint(3, (3,), generator=torch.Generator().manual_seed(i))
-            row["labels"] = (
-                (label > 0).float() if kind == "several labels" else label[0] if i % 4 else torch.tensor(-100)
-            )
+            if kind == "several labels":
+                row["labels"] = (label > 0).float()
+            elif kind == "some without a label":
+                row["labels"] = label[0] if i % 4 else torch.tensor(-100)
+            else:
+                row["labels"] = label[:1]
         return rows
 
     def make():
         model = factory.make_model("bert", num_labels=3)
         model.config.problem_type = None
+        model = model.bfloat16() if kind.startswith("few bits") else model
         given = {"model": model, "data": classified(24, 0), "eval_dataset": classified(16, 1)}
         return make_trainer(tmp_path, **given, callbacks=[twa.SnapshotCallback(3)], per_device_eval_batch_size=16)
 
@@ -338,8 +343,8 @@ def test_labels_are_those_that_the_model_takes(tmp_path, kind):
     result = twa.finish(trainer, learn_on="train", steps=2)
     assert result.task == "text-classification"
     winner = result.verdict.winner.select
-    assert winner.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
-    if kind != "several labels":
+    assert winner.loss.value == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.02 if "bits" in kind else 1e-4)
+    if kind == "some without a label":
         assert winner.metric("accuracy").value * 12 == pytest.approx(round(winner.metric("accuracy").value * 12))
 
 

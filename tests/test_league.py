@@ -6,8 +6,9 @@ import torch
 
 from twa_merge import mixing
 from twa_merge.baselines import best_single, greedy_soup
+from twa_merge.errors import UserError
 from twa_merge.evaluation import Evaluation
-from twa_merge.league import Candidate, choose, last_counts, warnings
+from twa_merge.league import Candidate, choose, last_counts, require_finite, warnings
 from twa_merge.training import Learned, best_evaluation
 
 NAMES = ("a", "b", "c", "d")
@@ -55,6 +56,10 @@ def test_what_was_chosen_with_the_select_part_in_view_never_ships():
     peeked = candidate("greedy (fit + select)", np.zeros(50), optimistic=True)
     honest = candidate("greedy", np.ones(50))
     assert choose([peeked, honest], 1.0).winner is honest
+    nothing = candidate("greedy", np.full(50, np.nan))
+    with pytest.raises(UserError, match="no candidate has a finite loss"):
+        require_finite([peeked, nothing])
+    require_finite([peeked, nothing, honest])
 
 
 def run(*losses):

@@ -101,6 +101,14 @@ def test_batches_that_are_drawn_at_random_are_not_divided():
     with pytest.raises(OutOfMemory, match=r"16 sample.*drawn at random and cannot be divided: try a smaller"):
         evaluate(module, DATA, task, batch_size=16)
 
+    class Crops(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch.rand_like(x), y
+
+    with pytest.raises(OutOfMemory, match="drawn at random"):
+        evaluate(module, Crops(*DATA.tensors), twa.module_task(nn.functional.cross_entropy), batch_size=16)
+
 
 def test_where_one_sample_is_too_much_the_basis_gets_smaller(soup, tmp_path, monkeypatch, capsys):
     module = Hungry()

@@ -69,8 +69,8 @@ class BatchScorer:
 
     def _are_drawn(self, samples: list[int]) -> bool:
         """Whether batches hold random numbers: those of parts would be others, and candidates no longer compare."""
-        rows = [self.dataset[i] for i in samples]
-        return difference(self.task.collate(rows), self.task.collate(rows)) is not None
+        one, other = (self.task.collate([self.dataset[i] for i in samples]) for _ in range(2))
+        return difference(one, other) is not None
 
     def _in_parts(self, samples: list[int], size: int) -> tuple[Any, ...]:
         parts = []

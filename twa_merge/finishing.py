@@ -200,14 +200,15 @@ def _agreed(trainer: Any, find: Callable[[], Soup]) -> Soup:
     from accelerate.utils import gather_object
 
     soup: Soup | None = None
+    failed: Exception | None = None
     try:
         soup = find()
-        mine: tuple[tuple[str, ...], str] = (tuple(soup.labels), "")
-    except UserError as error:
-        mine = ((), str(error))
+    except Exception as error:  # the others wait
+        failed = error
+    mine = ((), f"{failed}" or type(failed).__name__) if soup is None else (tuple(soup.labels), "")
     everyone = gather_object([mine])
-    if all(reason for _, reason in everyone):
-        raise UserError(mine[1])
+    if failed is not None and all(reason for _, reason in everyone):
+        raise failed
     first, first_reason = everyone[0]
     for rank, (labels, reason) in enumerate(everyone):
         if labels != first:
@@ -237,12 +238,12 @@ def _warn_if_pushed(trainer: Trainer, output: str | Path | None) -> None:
 def _spread(store: MemoryStore, trainer: Any, module: nn.Module) -> None:
     """Give every process the snapshots that the main one holds in memory, by a file in `output_dir`."""
     folder, main = Path(trainer.args.output_dir) / f"{FOLDER}_in_memory", trainer.is_world_process_zero()
-    failed: OSError | None = None
+    failed: Exception | None = None
     try:
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             store.save(folder)
-    except OSError as error:  # the others wait
+    except Exception as error:  # the others wait
         failed = error
     trainer.accelerator.wait_for_everyone()
     try:

@@ -201,9 +201,9 @@ def require_finite(candidates: Sequence[Candidate]) -> None:
     """Raise if there is nothing to decide by.
 
     Raises:
-        UserError: no candidate's select loss is finite.
+        UserError: no baseline's select loss is finite.
     """
-    if all(math.isinf(candidate.select.ranking_loss) for candidate in candidates):
+    if math.isinf(best_baseline(candidates).select.ranking_loss):
         raise UserError(
             "no candidate has a finite loss on the held-out samples that decide: do they have labels, or do the "
             "checkpoints hold NaN?"

@@ -66,7 +66,7 @@ def difference(one: Any, other: Any) -> str | None:
             same = torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
         return None if same else ""
     if isinstance(one, Mapping):
-        return next((str(key) for key in one if difference(one[key], other[key]) is not None), None)
+        return next((str(key) for key in one if key not in other or difference(one[key], other[key]) is not None), None)
     if isinstance(one, (tuple, list)):
         pairs = zip(one, other, strict=False)
         return "" if len(one) != len(other) or any(difference(*pair) is not None for pair in pairs) else None

@@ -67,8 +67,9 @@ class LabelSpace:
         """Return the losses (B,) that transformers' classification heads average, and weights: zero without a label."""
         logits_BC, labels = logits_of(outputs), batch["labels"]
         if self.problem == SINGLE:
-            loss_B = functional.cross_entropy(logits_BC, labels, reduction="none", ignore_index=IGNORED)
-            return loss_B, (labels != IGNORED).to(loss_B)
+            classes_B = labels.reshape(-1)
+            loss_B = functional.cross_entropy(logits_BC, classes_B, reduction="none", ignore_index=IGNORED)
+            return loss_B, (classes_B != IGNORED).to(loss_B)
         if self.problem == MULTI:
             loss_B = functional.binary_cross_entropy_with_logits(logits_BC, labels, reduction="none").mean(dim=1)
         else:
@@ -84,7 +85,7 @@ class LabelSpace:
         """Return B predictions and references: class numbers, lists of C zeros and ones, or numbers."""
         logits_BC, labels = logits_of(outputs), batch["labels"]
         if self.problem == SINGLE:
-            return logits_BC.argmax(dim=1).tolist(), labels.tolist()
+            return logits_BC.argmax(dim=1).tolist(), labels.reshape(-1).tolist()
         if self.problem == MULTI:
             return (logits_BC > 0).int().tolist(), labels.round().int().tolist()
         return logits_BC.reshape(labels.shape).tolist(), labels.tolist()

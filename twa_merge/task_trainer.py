@@ -27,19 +27,21 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 Collate = Callable[[list[Any]], Batch]
+_TRIED = 16
+"""Samples among which those with a label are looked for."""
 
 
 def trainer_task(trainer: Trainer, module: nn.Module, collate: Collate, dataset: Any) -> Task:
     """Return losses and metrics of what a trainer trains.
 
-    A loss for each sample where the kind of model is known, and its mean over two samples is the model's own loss of
+    A loss for each sample where the kind of model is known, and its mean over a few samples is the model's own loss of
     them; else the trainer's loss, scored sample by sample.
 
     Args:
         collate: makes the trainer's batches.
         dataset: samples to try.
     """
-    if _has_stock_loss(trainer, module):
+    if getattr(module, "config", None) is not None and _has_stock_loss(trainer, module):
         kind = _kind_of(module)
         task = None if kind is None else _tried(kind, trainer, module, collate, dataset)
         if task is not None:
@@ -68,29 +70,51 @@ def _kind_of(module: nn.Module) -> str | None:
 
 def _tried(kind: str, trainer: Any, module: Any, collate: Collate, dataset: Any) -> Task | None:
     """Return the task of a kind of model, or None where it gives another loss than the model itself."""
-    rows = [dataset[i] for i in range(min(2, len(dataset), trainer.args.eval_batch_size))]  # logits may be large
+    task, fits = None, True
+    size = min(2, trainer.args.eval_batch_size)  # logits may be large
     with _scoring(trainer, module):
-        batch = to_device(collate(rows), trainer.accelerator.device)
-        require_labels(batch)
-        # what routers of experts add to it balances them in training, and says nothing of a merge
-        routers = {"output_router_logits": False} if getattr(module.config, "output_router_logits", False) else {}
-        found = module(**batch, **routers)  # with labels, the model also finds its problem_type
-        own = float(found["loss"] if isinstance(found, Mapping) else found[0])
-        task = _task_of(kind, module.config, collate)
-        outputs = task.forward(module, batch)
-        try:
-            losses, weights = task.sample_losses(outputs, batch)
-        except (IndexError, RuntimeError, ValueError):  # of shapes that this kind does not have
-            losses = weights = torch.zeros(0)
-    ours = float((losses * weights).sum() / weights.sum()) if len(losses) == len(rows) else math.inf
-    close = 1e-3 if all(p.dtype == torch.float32 for p in module.parameters()) else 5e-3
-    if math.isclose(own, ours, rel_tol=close, abs_tol=1e-6) or not math.isfinite(own):
+        for first in range(0, min(_TRIED, len(dataset)), size):
+            rows = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
+            batch = _on_its_device(module, collate(rows))
+            require_labels(batch)
+            # what routers of experts add to it balances them in training, and says nothing of a merge
+            routers = {"output_router_logits": False} if getattr(module.config, "output_router_logits", False) else {}
+            found = module(**batch, **routers)  # with labels, the model also finds its problem_type
+            own = float(found["loss"] if isinstance(found, Mapping) else found[0])
+            task = _task_of(kind, module.config, collate)
+            if math.isfinite(own):  # else none of these rows has a label
+                fits = _is_loss_of(task, module, batch, own, len(rows))
+                break
+    if trainer.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        fits = all(gather_object([fits]))  # of data that are drawn at random each has seen its own
+    if fits:
         return task
     say(
         f"{type(module).__name__}: its loss here is not that of {kind}; it is taken as it is, sample by sample",
         main_process=trainer.is_world_process_zero(),
     )
     return None
+
+
+def _is_loss_of(task: Task, module: nn.Module, batch: Batch, own: float, samples: int) -> bool:
+    outputs = task.forward(module, batch)
+    try:
+        losses, weights = task.sample_losses(outputs, batch)
+    except (IndexError, RuntimeError, ValueError):  # of shapes that this kind does not have
+        return False
+    if len(losses) != samples:
+        return False
+    logits = logits_of_tokens(outputs)
+    # transformers takes some losses on logits as they are, of few bits
+    rounding = 4 * torch.finfo(logits.dtype).eps * max(1.0, float(logits.abs().max()))
+    return math.isclose(own, float((losses * weights).sum() / weights.sum()), rel_tol=1e-3, abs_tol=rounding)
+
+
+def _on_its_device(module: nn.Module, batch: Batch) -> Batch:
+    parameter = next(module.parameters(), None)
+    return batch if parameter is None else to_device(batch, parameter.device)
 
 
 @contextlib.contextmanager
@@ -124,7 +148,7 @@ def _has_stock_loss(trainer: Any, module: nn.Module) -> bool:
 
     own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
     forward = inspect.unwrap(type(module).forward)
-    own = own or not forward.__module__.startswith("transformers.") or hasattr(module, "_loss_function")
+    own = own or not (forward.__module__ or "").startswith("transformers.") or hasattr(module, "_loss_function")
     return not own and trainer.label_smoother is None
 
 
@@ -143,12 +167,12 @@ def check_mean(task: Task, module: nn.Module, dataset: Any, trainer: Trainer) ->
     Raises:
         UserError: the loss of a sample alone is the same for all, as contrastive ones are.
     """
-    rows = [dataset[i] for i in range(min(4, len(dataset)))]
 
     def loss(samples: list[Any]) -> float:
-        return float(task.forward(module, to_device(task.collate(samples), trainer.accelerator.device)))
+        return float(task.forward(module, _on_its_device(module, task.collate(samples))))
 
     with _scoring(trainer, module):
+        rows = [dataset[i] for i in range(min(4, len(dataset)))]
         whole, each = loss(rows), [loss([row]) for row in rows]
     if not math.isfinite(whole):
         return  # none of them has a label
