@@ -102,32 +102,15 @@ class SnapshotCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if _is_shared(args, kwargs["model"]):
-            raise UserError(
-                "snapshots: with FSDP, DeepSpeed or tensor parallelism no process has the whole model; merge Trainer's "
-                "own checkpoints instead (save_steps, then checkpoint-*)"
-            )
-        if isinstance(_unwrapped(kwargs["model"]), MergedModel):
-            raise UserError("snapshots: what a TWATrainer trains are coefficients of a merge, not a model's weights")
-        if state.is_hyper_param_search:
-            raise UserError("snapshots: not in a hyperparameter search; take them when the best trial is trained again")
-        check_adapters(_unwrapped(kwargs["model"]))
+        module, processor = _unwrapped(kwargs["model"]), kwargs.get("processing_class")
+        _require_usable(args, state, module)
         self._wait()  # for what an interrupted run has left in the background
+        self._named = None  # a run begins where the working directory is now
         self.store = self.store_of(args)
         if not state.is_world_process_zero:
             return
         if state.global_step > 0 and not self.store.steps:
-            assert args.output_dir is not None
-            self.store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            if isinstance(self.store, MemoryStore):
-                with full_model(_unwrapped(kwargs["model"])) as (module, _):
-                    self.store.describe(module, kwargs.get("processing_class"))
-            elif self.every_n_steps is not None and state.global_step >= self.every_n_steps:
-                warnings.warn(
-                    f"snapshots: none in {args.output_dir} from before step {state.global_step}, where this run goes "
-                    "on: was it started elsewhere, or without snapshots?",
-                    stacklevel=2,
-                )
+            self._take_up(self.store, args, state, module, processor)
         # a run that is resumed takes the later ones again
         stale = [step for step in self.store.steps if step > state.global_step]
         again = self._runs and args.auto_find_batch_size  # Trainer starts anew with smaller batches
@@ -145,7 +128,23 @@ class SnapshotCallback(TrainerCallback):
         # the end of that step is not known
         told = self.every_n_steps is not None or has_length(kwargs["train_dataloader"])
         if state.global_step > 0 and state.global_step not in self.store.steps and told and self._is_due(state, kwargs):
-            self._taker.take(state.global_step, _unwrapped(kwargs["model"]), kwargs.get("processing_class"))
+            self._taker.take(state.global_step, module, processor)
+
+    def _take_up(
+        self, store: Store, args: TrainingArguments, state: TrainerState, module: nn.Module, processor: Any
+    ) -> None:
+        """Go on with the snapshots that the checkpoint holds, or say that there are none on disk."""
+        assert args.output_dir is not None
+        store.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if isinstance(store, MemoryStore):
+            with full_model(module) as (base, _):
+                store.describe(base, processor)
+        elif self.every_n_steps is not None and state.global_step >= self.every_n_steps:
+            warnings.warn(
+                f"snapshots: none in {args.output_dir} from before step {state.global_step}, where this run goes on: "
+                "was it started elsewhere, or without snapshots?",
+                stacklevel=3,
+            )
 
     def store_of(self, args: TrainingArguments) -> Store:
         """Return where the snapshots of a run are kept: each run's in its own folder."""
@@ -226,6 +225,19 @@ class SnapshotCallback(TrainerCallback):
             self._taker.wait()
             for step in self._taker.store.steps[: -self.last]:
                 self._taker.store.remove(step)
+
+
+def _require_usable(args: TrainingArguments, state: TrainerState, module: nn.Module) -> None:
+    if _is_shared(args, module):
+        raise UserError(
+            "snapshots: with FSDP, DeepSpeed or tensor parallelism no process has the whole model; merge Trainer's own "
+            "checkpoints instead (save_steps, then checkpoint-*)"
+        )
+    if isinstance(module, MergedModel):
+        raise UserError("snapshots: what a TWATrainer trains are coefficients of a merge, not a model's weights")
+    if state.is_hyper_param_search:
+        raise UserError("snapshots: not in a hyperparameter search; take them when the best trial is trained again")
+    check_adapters(module)
 
 
 def _is_shared(args: TrainingArguments, model: nn.Module) -> bool:
